@@ -1,0 +1,97 @@
+"""What every backend is: ``check`` says what it cannot take, ``lower`` returns the whole artifact or raises."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch.fx import GraphModule
+
+from fxq.errors import ArtifactError, LoweringError
+from fxq.schemes import Scheme
+from fxq.targets import Target
+
+
+@dataclass(frozen=True)
+class Issue:
+    """One reason why a graph cannot be lowered: the node, the fact and the way out."""
+
+    node: str
+    fact: str
+    way_out: str
+
+    def __str__(self) -> str:
+        return f"{self.node}: {self.fact}. {self.way_out}"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished file in memory.
+
+    Attributes:
+        backend: name of the backend that made it.
+        data: the file's bytes.
+        info: facts for the user (bytes by part, notes), JSON-able.
+    """
+
+    backend: str
+    data: bytes
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
+        """Write the whole file or nothing (temporary file beside it, then an atomic rename).
+
+        Raises:
+            ArtifactError: when the file exists and ``force`` is false, or the folder cannot be written.
+        """
+        target = Path(path)
+        if target.exists() and not force:
+            raise ArtifactError("the file exists", where=str(target), way_out="Pass force=True (--force) or choose another name")
+        tmp: str | None = None
+        try:
+            fd, tmp = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+            with os.fdopen(fd, "wb") as f:
+                f.write(self.data)
+                f.flush()
+                os.fsync(f.fileno())
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(tmp, 0o666 & ~mask)
+            os.replace(tmp, target)
+        except OSError as e:
+            if tmp is not None:
+                with contextlib.suppress(OSError):
+                    os.unlink(tmp)
+            raise ArtifactError(f"cannot write: {e.strerror or e}", where=str(target), way_out="Check that the folder exists and is writable") from e
+        return target
+
+
+class Lowering(ABC):
+    """A backend. Subclasses set ``name`` and never change the graph."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def check(self, gm: GraphModule, scheme: Scheme, target: Target) -> list[Issue]:
+        """Everything that keeps ``gm`` from being lowered; empty when nothing does."""
+
+    @abstractmethod
+    def emit(self, gm: GraphModule, scheme: Scheme, target: Target) -> Artifact:
+        """The artifact of a graph that passed ``check``."""
+
+    def lower(self, gm: GraphModule, scheme: Scheme, target: Target) -> Artifact:
+        """``check``, then ``emit``.
+
+        Raises:
+            LoweringError: with all findings, when ``check`` found any.
+        """
+        issues = self.check(gm, scheme, target)
+        if issues:
+            more = f" (and {len(issues) - 1} more)" if len(issues) > 1 else ""
+            raise LoweringError(issues[0].fact + more, where=issues[0].node, way_out=issues[0].way_out, issues=issues)
+        return self.emit(gm, scheme, target)

@@ -1,0 +1,143 @@
+"""All arithmetic on codes. Round half to even, divide by the scale: codes equal ONNX Runtime's QuantizeLinear.
+
+Source of the affine grid: Jacob et al. 2018 (arXiv 1712.05877), section 2.1; straight-through estimator:
+Bengio et al. 2013 (arXiv 1308.3432).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxq.errors import CalibrationError
+from fxq.spec import QParams, QuantSpec
+
+TINY = torch.finfo(torch.float32).tiny
+INT32_MAX = 2**31 - 1
+
+
+def choose_qparams(lo: Tensor, hi: Tensor, spec: QuantSpec) -> QParams:
+    """Scale and zero point for the range ``[lo, hi]``, widened to hold 0.
+
+    Asymmetric: ``s = (hi-lo)/(qmax-qmin)``, ``z = clamp(rne(qmin - lo/s), qmin, qmax)``.
+    Symmetric: ``s = max(|lo|, |hi|)/qmax``, ``z = 0``; an unsigned symmetric grid takes ``s = hi/qmax``.
+    A constant zero has ``s = 1``; a dead channel takes the largest scale among the others.
+
+    Args:
+        lo, hi: float tensors, rank 0 or ``[C]`` for a per-channel grid.
+        spec: the codes.
+
+    Raises:
+        CalibrationError: when a bound is NaN or infinite.
+    """
+    lo, hi = lo.detach().to(torch.float32), hi.detach().to(torch.float32)
+    if not bool(torch.isfinite(lo).all() & torch.isfinite(hi).all()):
+        raise CalibrationError("the range holds NaN or infinity", way_out="Look for the layer or batch that makes them")
+    lo, hi = lo.clamp(max=0.0), hi.clamp(min=0.0)
+    if spec.symmetric:
+        top = torch.maximum(-lo, hi) if spec.qmin < 0 else hi
+        scale = top / spec.qmax
+    else:
+        # A range wider than float32 can hold as a difference is halved first.
+        scale = hi / (spec.qmax - spec.qmin) - lo / (spec.qmax - spec.qmin) if bool(torch.isinf(hi - lo).any()) else (hi - lo) / (spec.qmax - spec.qmin)
+    dead = scale < TINY
+    if bool(dead.any()):
+        alive = scale[~dead] if scale.ndim else scale.new_empty(0)
+        scale = torch.where(dead, alive.max() if alive.numel() else torch.ones_like(scale), scale)
+    if spec.symmetric:
+        zero = torch.zeros_like(scale, dtype=torch.int32)
+    else:
+        zero = torch.round(spec.qmin - lo / scale).clamp(spec.qmin, spec.qmax).to(torch.int32)
+    return QParams(spec, scale, zero)
+
+
+def along(v: Tensor, axis: int | None, ndim: int) -> Tensor:
+    """View a ``[C]`` vector so that it broadcasts along ``axis`` of a tensor with ``ndim`` dimensions."""
+    if v.ndim == 0 or axis is None:
+        return v
+    return v.reshape([-1 if d == axis % ndim else 1 for d in range(ndim)])
+
+
+def _steps(x: Tensor, qp: QParams) -> Tensor:
+    """``rne(x/s) + z`` as float32, before the clamp."""
+    s = along(qp.scale.to(x.device), qp.spec.axis, x.ndim)
+    z = along(qp.zero_point.to(x.device), qp.spec.axis, x.ndim)
+    return torch.round(x.to(torch.float32) / s) + z
+
+
+def quantize(x: Tensor, qp: QParams) -> Tensor:
+    """Codes ``clamp(rne(x/s) + z, qmin, qmax)`` in ``qp.spec.dtype``, shape of ``x``. NaN is not allowed."""
+    return _steps(x, qp).clamp(qp.spec.qmin, qp.spec.qmax).to(qp.spec.dtype)
+
+
+def dequantize(codes: Tensor, qp: QParams) -> Tensor:
+    """Real values ``(code - z) * s`` as float32, shape of ``codes``."""
+    s = along(qp.scale.to(codes.device), qp.spec.axis, codes.ndim)
+    z = along(qp.zero_point.to(codes.device), qp.spec.axis, codes.ndim)
+    return (codes.to(torch.int32) - z).to(torch.float32) * s
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Forward: quantize and dequantize. Backward: the gradient passes where the code was not clamped."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int) -> Tensor:
+        steps = torch.round(x.to(torch.float32) / scale) + zero
+        ctx.save_for_backward((steps >= qmin) & (steps <= qmax))
+        return ((steps.clamp(qmin, qmax) - zero) * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        (inside,) = ctx.saved_tensors
+        return grads[0] * inside, None, None, None, None
+
+
+def fake_quantize(x: Tensor, qp: QParams) -> Tensor:
+    """``dequantize(quantize(x))`` in the dtype of ``x`` with a straight-through gradient.
+
+    The gradient is ``g * 1[qmin <= rne(x/s)+z <= qmax]`` (bounds included); scale and zero point get none.
+    """
+    s = along(qp.scale.to(x.device), qp.spec.axis, x.ndim)
+    z = along(qp.zero_point.to(x.device), qp.spec.axis, x.ndim)
+    out: Tensor = _FakeQuantize.apply(x, s, z, qp.spec.qmin, qp.spec.qmax)  # type: ignore[no-untyped-call]
+    return out
+
+
+def bias_qparams(input_qp: QParams, weight_qp: QParams) -> QParams:
+    """Grid of an int32 bias: scale ``s_a * s_w`` (float32), zero point 0; per channel where the weight is.
+
+    Source: arXiv 1712.05877, section 2.4.
+    """
+    scale = (input_qp.scale * weight_qp.scale).to(torch.float32).clamp(min=TINY)
+    spec = QuantSpec(32, True, True, True, 0 if scale.ndim else None)
+    return QParams(spec, scale, torch.zeros_like(scale, dtype=torch.int32))
+
+
+def quantize_bias(bias: Tensor, qp: QParams) -> Tensor:
+    """int32 codes of a bias: rne in float64, saturated; shape ``[C]``."""
+    codes = torch.round(bias.detach().to(torch.float64) / qp.scale.to(torch.float64))
+    return codes.clamp(-INT32_MAX, INT32_MAX).to(torch.int32)
+
+
+def widen_for_bias(weight_qp: QParams, bias: Tensor, input_qp: QParams) -> QParams:
+    """Raise weight scales where the int32 bias would overflow: ``s_w >= |b| / (s_a * (2^31-1))``."""
+    floor = bias.detach().abs().to(torch.float64) / (input_qp.scale.to(torch.float64) * (INT32_MAX // 2))
+    floor = floor.to(torch.float32)
+    if weight_qp.scale.ndim == 0:
+        floor = floor.max()
+    if not bool((floor > weight_qp.scale).any()):
+        return weight_qp
+    return QParams(weight_qp.spec, torch.maximum(weight_qp.scale, floor), weight_qp.zero_point)
+
+
+def requantize(real: Any, spec: QuantSpec, zero_point: int) -> Any:
+    """Real values in units of the output scale (numpy float32) to codes: clip, round half to even, add the zero point.
+
+    This is the order of ONNX Runtime's convolution and GEMM epilogues.
+    """
+    lo, hi = np.float32(spec.qmin - zero_point), np.float32(spec.qmax - zero_point)
+    dtype = np.int8 if spec.qmin < 0 else np.uint8
+    return (np.rint(np.clip(real, lo, hi)) + np.float32(zero_point)).astype(dtype)
