@@ -1,0 +1,300 @@
+"""The public entry: :func:`compile` and what it returns."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from fxq import graph, schemes, targets
+from fxq.calibration import Batches
+from fxq.errors import CalibrationError, FxqError, LoweringError, SchemeError, TargetError, nearest
+from fxq.lowering import Artifact, Lowering
+from fxq.passes.annotate import Annotate
+from fxq.passes.calibrate import Calibrate
+from fxq.passes.canonicalize import Canonicalize
+from fxq.passes.convert import Convert
+from fxq.passes.fold_bn import FoldBN
+from fxq.passes.legalize import Legalize
+from fxq.passes.propagate_shapes import PropagateShapes
+from fxq.passes.share_qparams import ShareQParams
+from fxq.pipeline import Pass, PassContext, Pipeline, Progress, no_progress
+from fxq.schemes import Scheme
+from fxq.snapshot import History, take
+from fxq.targets import Target
+from fxq.trace import Captured, capture
+
+if TYPE_CHECKING:
+    from fxq.lint import LintReport
+    from fxq.proof import Proof
+
+BACKENDS: dict[str, str] = {
+    "onnx-qdq": "ONNX with Q/DQ pairs and integer weights",
+    "onnx": "ONNX; the same writer (for the scheme float)",
+}
+
+
+def backend(name: str) -> Lowering:
+    """Backend by name, imported when it is asked for.
+
+    Raises:
+        TargetError: for an unknown name; the nearest one is offered.
+    """
+    if name not in BACKENDS:
+        raise TargetError(f"unknown backend {name!r}", way_out=nearest(name, BACKENDS))
+    from fxq.backends.onnx_qdq import OnnxQdq
+
+    return OnnxQdq()
+
+
+def pipeline_for(scheme: Scheme, observer: str | None = None) -> Pipeline:
+    """The passes that a scheme runs, in order."""
+    front: tuple[Pass, ...] = (Canonicalize(), PropagateShapes(), FoldBN(), Legalize(), Annotate())
+    if scheme.method == "static":
+        back: tuple[Pass, ...] = (ShareQParams(), Calibrate(observer=observer), Convert())
+        if scheme.bias_correction:
+            from fxq.passes.correct_bias import CorrectBias
+
+            back = (*back, CorrectBias())
+        return Pipeline((*front, *back))
+    return Pipeline((*front, ShareQParams(), Calibrate(observer=observer), Convert()))
+
+
+@dataclass(frozen=True)
+class FloatOp:
+    """An operation that stays float, with the reason."""
+
+    node: str
+    kind: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.node} ({self.kind}): {self.why}"
+
+
+class CompiledModel(nn.Module):
+    """A compiled model: call it for the fake-quant simulator, :meth:`lower` it for a file.
+
+    Attributes:
+        history: every pass with its graph text.
+        scheme, target: what it was compiled for.
+        captured: how the model was captured (rung, notes, what it is specialised to).
+        parts: for a model captured in parts, path -> CompiledModel of that submodule; otherwise empty.
+    """
+
+    def __init__(self, root: nn.Module, captured: Captured, history: History, scheme: Scheme, target: Target) -> None:
+        super().__init__()
+        self.root = root
+        self.captured, self.history, self.scheme, self.target = captured, history, scheme, target
+        self.parts: dict[str, CompiledModel] = {}
+        self._reference: Any = None
+        self.eval()
+
+    @property
+    def graph_module(self) -> GraphModule:
+        """The compiled FX graph.
+
+        Raises:
+            LoweringError: when the model was captured in parts and has no single graph.
+        """
+        if not isinstance(self.root, GraphModule):
+            raise LoweringError(
+                f"the model was captured in {len(self.parts)} parts and has no single graph",
+                way_out="Use m.parts[path], for example m.parts[" + repr(next(iter(self.parts), "")) + "]",
+            )
+        return self.root
+
+    def forward(self, *args: Any) -> Any:
+        """The fake-quant simulator: float tensors rounded onto the grids; differentiable (straight-through)."""
+        return self.root(*args)
+
+    def reference(self, *args: Any) -> Any:
+        """The integer reference: the numbers that the fused artifact gives, as dequantized float32 tensors."""
+        if self._reference is None:
+            from fxq.backends.reference import Reference
+
+            self._reference = Reference(self.graph_module)
+        return self._reference(*args)
+
+    @property
+    def float_ops(self) -> list[FloatOp]:
+        """Every operation that the target does not execute in integers, with the reason."""
+        gm = self.graph_module
+        return [
+            FloatOp(str(n.target) if n.op == "call_module" else n.name, graph.kind(gm, n), n.meta["float_why"])
+            for n in gm.graph.nodes
+            if n.meta.get("float_why") and n.op not in ("output", "placeholder", "get_attr")
+        ]
+
+    def lower(self, backend_name: str = "onnx-qdq", target: str | Target | None = None) -> Artifact:
+        """Translate into a file's bytes; ``.save(path)`` writes them whole or not at all.
+
+        Raises:
+            LoweringError: with every finding when the backend cannot take the graph.
+            TargetError: unknown backend, or a target other than the one the model was compiled for.
+        """
+        to = self.target if target is None else targets.get(target)
+        if to != self.target:
+            raise TargetError(
+                f"the model was compiled for {self.target.name!r}, not {to.name!r}", way_out=f"Compile it with target={to.name!r}"
+            )
+        return backend(backend_name).lower(self.graph_module, self.scheme, to)
+
+    def verify(self, artifact: str | os.PathLike[str] | bytes, data: Any, *, limit: int | None = None) -> Proof:
+        """Run the artifact and compare with the integer reference, node by node and end to end.
+
+        Args:
+            artifact: path or bytes of the lowered ONNX file.
+            data: calibration-like data (any iterable of tensors, tuples, dicts).
+            limit: at most so many batches.
+
+        Raises:
+            ArtifactError: when the file is damaged or belongs to another model.
+        """
+        from fxq.proof import verify
+
+        gm = self.graph_module
+        return verify(gm, artifact, Batches(data, self, limit=limit))
+
+    def lint(self, target: str | None = None) -> LintReport:
+        """Which operations of the lowered file run in int8, which stay float and why, and the Q/DQ nodes left."""
+        from fxq.lint import lint
+
+        return lint(self.lower().data, target or self.target.name)
+
+
+def compile(  # noqa: A001 - the name that torch users expect
+    model: nn.Module,
+    scheme: str | Scheme = "iao_w8a8",
+    *,
+    calibration: Any = None,
+    example: Any = None,
+    target: str | Target = "onnxruntime",
+    skip: Sequence[str] = (),
+    observer: str | None = None,
+    leaf_modules: Sequence[type[nn.Module]] = (),
+    batches: int | None = None,
+    progress: Progress | None = None,
+) -> CompiledModel:
+    """Capture ``model`` (a copy), rewrite it for ``target`` and quantize it post-training.
+
+    Args:
+        model: float32 module; its parameters, buffers and mode are not changed.
+        scheme: name or :class:`~fxq.schemes.Scheme`.
+        calibration: any iterable of tensors, tuples (labels behind the inputs are dropped) or dicts; read once.
+        example: one batch of inputs when there is no calibration data (a tensor or a tuple).
+        target: runtime to place the Q/DQ for.
+        skip: patterns (``fnmatch``) of module paths that stay float.
+        observer: overrides the scheme's activation observer.
+        leaf_modules: module types that capture keeps whole.
+        batches: read at most so many calibration batches.
+        progress: callback ``(what, done, total)``.
+
+    Raises:
+        TraceError, SchemeError, TargetError, CalibrationError, PassError: with node, fact and way out.
+    """
+    sch, tgt = schemes.get(scheme), targets.get(target)
+    tgt.require(sch)
+    if observer is not None and observer not in schemes.OBSERVERS:
+        raise SchemeError(f"unknown observer {observer!r}", way_out=nearest(observer, schemes.OBSERVERS))
+    _check_model(model)
+    if sch.method == "static" and calibration is None:
+        raise CalibrationError(
+            f"the scheme {sch.name!r} needs calibration data",
+            way_out="Pass calibration= (a few hundred samples), or use dynamic_w8 or weight_only_w8",
+        )
+    data = Batches(calibration if calibration is not None else [example], model, limit=batches)
+    if calibration is None and example is None:
+        raise CalibrationError("the shapes are not known", way_out="Pass example= with one batch of inputs, or calibration=")
+    report = progress or no_progress
+    start = time.perf_counter()
+    captured = capture(model, data.example, leaf_modules=tuple(leaf_modules))
+    ms = (time.perf_counter() - start) * 1e3
+    if captured.gm is None:
+        return _compile_parts(captured, sch, tgt, data, tuple(skip), observer, report, ms)
+    return _compile_graph(captured, captured.gm, data.example, data, sch, tgt, tuple(skip), observer, report, ms)
+
+
+def _compile_graph(
+    captured: Captured,
+    gm: GraphModule,
+    example: tuple[Any, ...],
+    data: Iterable[tuple[Any, ...]],
+    sch: Scheme,
+    tgt: Target,
+    skip: tuple[str, ...],
+    observer: str | None,
+    progress: Progress,
+    ms: float,
+) -> CompiledModel:
+    ctx = PassContext(sch, tgt, example, data, skip, progress)
+    for note in captured.specialised:
+        ctx.skip("capture", "specialised: " + note)
+    history = History([take(gm, "trace", ms=ms, skips=tuple(ctx.skips))])
+    pipeline_for(sch, observer).run(gm, ctx, history)
+    return CompiledModel(gm, captured, history, sch, tgt)
+
+
+def _compile_parts(
+    captured: Captured,
+    sch: Scheme,
+    tgt: Target,
+    data: Iterable[tuple[Any, ...]],
+    skip: tuple[str, ...],
+    observer: str | None,
+    progress: Progress,
+    ms: float,
+) -> CompiledModel:
+    """Compile each captured submodule on the inputs it sees inside the float model, then put it in its place."""
+    seen = _record_inputs(captured.root, list(captured.parts), data)
+    parts: dict[str, CompiledModel] = {}
+    history = History()
+    for path, (gm, example) in captured.parts.items():
+        inner = tuple(p.removeprefix(path + ".") for p in skip)
+        part = _compile_graph(captured, gm, example, seen[path], sch, tgt, inner, observer, progress, ms)
+        parts[path] = part
+        history.snapshots += part.history.snapshots
+    for path, part in parts.items():
+        captured.root.set_submodule(path, part.root)
+    model = CompiledModel(captured.root, captured, history, sch, tgt)
+    model.parts = parts
+    return model
+
+
+def _record_inputs(root: nn.Module, paths: list[str], data: Iterable[tuple[Any, ...]]) -> dict[str, list[tuple[Any, ...]]]:
+    """Inputs of each submodule over one pass of the float model; a module called twice records both calls."""
+    seen: dict[str, list[tuple[Any, ...]]] = {p: [] for p in paths}
+    handles = []
+    for path in paths:
+
+        def hook(module: nn.Module, args: tuple[Any, ...], path: str = path) -> None:
+            seen[path].append(args)
+
+        handles.append(root.get_submodule(path).register_forward_pre_hook(hook))
+    try:
+        with torch.inference_mode():
+            for batch in data:
+                root(*batch)
+    finally:
+        for h in handles:
+            h.remove()
+    return seen
+
+
+def _check_model(model: nn.Module) -> None:
+    """Refuse what would give wrong or half-finished artifacts, before any work."""
+    if not isinstance(model, nn.Module):
+        raise FxqError(f"expected a torch.nn.Module, got {type(model).__name__}", way_out="Pass the model itself, not its output or state dict")
+    for name, p in [*model.named_parameters(), *model.named_buffers()]:
+        if p.device.type == "meta":
+            raise FxqError("the tensor has no data (device meta)", where=name, way_out="Load the weights before compiling")
+        if p.is_floating_point() and p.dtype != torch.float32:
+            raise SchemeError(f"the weights are {p.dtype}, fxq compiles float32 models", where=name, way_out="Pass model.float()")
+        if p.is_floating_point() and not bool(torch.isfinite(p).all()):
+            raise CalibrationError("the tensor holds NaN or infinity", where=name, way_out="Load finite weights")
