@@ -1,3 +1,25 @@
 """fxq: a graph-rewriting quantization compiler on torch.fx."""
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
+
+_PUBLIC = {
+    "compile": "fxq.api",
+    "CompiledModel": "fxq.api",
+    "capture": "fxq.trace",
+    "Scheme": "fxq.schemes",
+    "QuantSpec": "fxq.spec",
+    "QParams": "fxq.spec",
+    "FxqError": "fxq.errors",
+}
+__all__ = [*_PUBLIC, "__version__"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'fxq' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)

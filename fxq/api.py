@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from fxq import graph, schemes, targets
 from fxq.calibration import Batches
-from fxq.errors import CalibrationError, FxqError, LoweringError, SchemeError, TargetError, nearest
+from fxq.errors import CalibrationError, FxqError, SchemeError, TargetError, nearest
 from fxq.lowering import Artifact, Lowering
 from fxq.passes.annotate import Annotate
 from fxq.passes.calibrate import Calibrate
@@ -31,7 +31,6 @@ from fxq.targets import Target
 from fxq.trace import Captured, capture
 
 if TYPE_CHECKING:
-    from fxq.lint import LintReport
     from fxq.proof import Proof
 
 BACKENDS: dict[str, str] = {
@@ -58,10 +57,6 @@ def pipeline_for(scheme: Scheme, observer: str | None = None) -> Pipeline:
     front: tuple[Pass, ...] = (Canonicalize(), PropagateShapes(), FoldBN(), Legalize(), Annotate())
     if scheme.method == "static":
         back: tuple[Pass, ...] = (ShareQParams(), Calibrate(observer=observer), Convert())
-        if scheme.bias_correction:
-            from fxq.passes.correct_bias import CorrectBias
-
-            back = (*back, CorrectBias())
         return Pipeline((*front, *back))
     return Pipeline((*front, ShareQParams(), Calibrate(observer=observer), Convert()))
 
@@ -85,29 +80,18 @@ class CompiledModel(nn.Module):
         history: every pass with its graph text.
         scheme, target: what it was compiled for.
         captured: how the model was captured (rung, notes, what it is specialised to).
-        parts: for a model captured in parts, path -> CompiledModel of that submodule; otherwise empty.
     """
 
-    def __init__(self, root: nn.Module, captured: Captured, history: History, scheme: Scheme, target: Target) -> None:
+    def __init__(self, root: GraphModule, captured: Captured, history: History, scheme: Scheme, target: Target) -> None:
         super().__init__()
         self.root = root
         self.captured, self.history, self.scheme, self.target = captured, history, scheme, target
-        self.parts: dict[str, CompiledModel] = {}
         self._reference: Any = None
         self.eval()
 
     @property
     def graph_module(self) -> GraphModule:
-        """The compiled FX graph.
-
-        Raises:
-            LoweringError: when the model was captured in parts and has no single graph.
-        """
-        if not isinstance(self.root, GraphModule):
-            raise LoweringError(
-                f"the model was captured in {len(self.parts)} parts and has no single graph",
-                way_out="Use m.parts[path], for example m.parts[" + repr(next(iter(self.parts), "")) + "]",
-            )
+        """The compiled FX graph."""
         return self.root
 
     def forward(self, *args: Any) -> Any:
@@ -162,12 +146,6 @@ class CompiledModel(nn.Module):
         gm = self.graph_module
         return verify(gm, artifact, Batches(data, self, limit=limit))
 
-    def lint(self, target: str | None = None) -> LintReport:
-        """Which operations of the lowered file run in int8, which stay float and why, and the Q/DQ nodes left."""
-        from fxq.lint import lint
-
-        return lint(self.lower().data, target or self.target.name)
-
 
 def compile(  # noqa: A001 - the name that torch users expect
     model: nn.Module,
@@ -214,77 +192,16 @@ def compile(  # noqa: A001 - the name that torch users expect
         raise CalibrationError("the shapes are not known", way_out="Pass example= with one batch of inputs, or calibration=")
     report = progress or no_progress
     start = time.perf_counter()
-    captured = capture(model, data.example, leaf_modules=tuple(leaf_modules))
+    example_few = tuple(x[:2] if isinstance(x, torch.Tensor) and x.ndim else x for x in data.example)
+    captured = capture(model, example_few, leaf_modules=tuple(leaf_modules))
     ms = (time.perf_counter() - start) * 1e3
-    if captured.gm is None:
-        return _compile_parts(captured, sch, tgt, data, tuple(skip), observer, report, ms)
-    return _compile_graph(captured, captured.gm, data.example, data, sch, tgt, tuple(skip), observer, report, ms)
-
-
-def _compile_graph(
-    captured: Captured,
-    gm: GraphModule,
-    example: tuple[Any, ...],
-    data: Iterable[tuple[Any, ...]],
-    sch: Scheme,
-    tgt: Target,
-    skip: tuple[str, ...],
-    observer: str | None,
-    progress: Progress,
-    ms: float,
-) -> CompiledModel:
-    ctx = PassContext(sch, tgt, example, data, skip, progress)
+    gm = captured.gm
+    ctx = PassContext(sch, tgt, example_few, data, tuple(skip), report)
     for note in captured.specialised:
         ctx.skip("capture", "specialised: " + note)
     history = History([take(gm, "trace", ms=ms, skips=tuple(ctx.skips))])
     pipeline_for(sch, observer).run(gm, ctx, history)
     return CompiledModel(gm, captured, history, sch, tgt)
-
-
-def _compile_parts(
-    captured: Captured,
-    sch: Scheme,
-    tgt: Target,
-    data: Iterable[tuple[Any, ...]],
-    skip: tuple[str, ...],
-    observer: str | None,
-    progress: Progress,
-    ms: float,
-) -> CompiledModel:
-    """Compile each captured submodule on the inputs it sees inside the float model, then put it in its place."""
-    seen = _record_inputs(captured.root, list(captured.parts), data)
-    parts: dict[str, CompiledModel] = {}
-    history = History()
-    for path, (gm, example) in captured.parts.items():
-        inner = tuple(p.removeprefix(path + ".") for p in skip)
-        part = _compile_graph(captured, gm, example, seen[path], sch, tgt, inner, observer, progress, ms)
-        parts[path] = part
-        history.snapshots += part.history.snapshots
-    for path, part in parts.items():
-        captured.root.set_submodule(path, part.root)
-    model = CompiledModel(captured.root, captured, history, sch, tgt)
-    model.parts = parts
-    return model
-
-
-def _record_inputs(root: nn.Module, paths: list[str], data: Iterable[tuple[Any, ...]]) -> dict[str, list[tuple[Any, ...]]]:
-    """Inputs of each submodule over one pass of the float model; a module called twice records both calls."""
-    seen: dict[str, list[tuple[Any, ...]]] = {p: [] for p in paths}
-    handles = []
-    for path in paths:
-
-        def hook(module: nn.Module, args: tuple[Any, ...], path: str = path) -> None:
-            seen[path].append(args)
-
-        handles.append(root.get_submodule(path).register_forward_pre_hook(hook))
-    try:
-        with torch.inference_mode():
-            for batch in data:
-                root(*batch)
-    finally:
-        for h in handles:
-            h.remove()
-    return seen
 
 
 def _check_model(model: nn.Module) -> None:

@@ -1,0 +1,62 @@
+"""Shapes by running the graph on the meta device at two batch sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from fxq.graph import compare_shapes, tree_shape
+
+
+class _Record(Interpreter):
+    def __init__(self, gm: GraphModule) -> None:
+        super().__init__(gm)
+        self.seen: dict[Node, Any] = {}
+
+    def run_node(self, n: Node) -> Any:
+        out = super().run_node(n)
+        self.seen[n] = out
+        return out
+
+
+def _run(gm: GraphModule, inputs: tuple[Any, ...]) -> dict[Node, Any]:
+    meta = {k: v.to("meta") for k, v in [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]}
+    recorder = _Record(gm)
+    with torch.no_grad(), torch.nn.utils.stateless._reparametrize_module(gm, meta):
+        recorder.run(*(x.to("meta") if isinstance(x, Tensor) else x for x in inputs))
+    return recorder.seen
+
+
+def _real(gm: GraphModule, inputs: tuple[Any, ...]) -> dict[Node, Any]:
+    recorder = _Record(gm)
+    with torch.inference_mode():
+        recorder.run(*inputs)
+    return recorder.seen
+
+
+def propagate(gm: GraphModule, example: tuple[Any, ...]) -> None:
+    """Set ``shape``, ``dynamic``, ``dtype`` (tensors) or ``value``, ``dynamic`` (numbers) in every node's meta.
+
+    A graph that fails at a second batch size is specialised: nothing is dynamic.
+    """
+    more = tuple(torch.cat([x, x[:1]]) if isinstance(x, Tensor) and x.ndim else x for x in example)
+    try:
+        one, run = _run(gm, example), _run
+    except Exception:
+        one, run = _real(gm, example), _real
+    try:
+        two = run(gm, more)
+    except Exception:
+        two = one
+    for node, value in one.items():
+        if node.op == "output":
+            continue
+        other = two[node]
+        if isinstance(value, (int, float, bool)):
+            node.meta.update(value=value, dynamic=value != other)
+            continue
+        node.meta.update(shape=tree_shape(value), dynamic=compare_shapes(tree_shape(value), tree_shape(other)))
+        node.meta["dtype"] = [getattr(v, "dtype", None) for v in value] if isinstance(value, (tuple, list)) else getattr(value, "dtype", None)
