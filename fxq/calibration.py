@@ -29,7 +29,7 @@ class Batches:
 
     def __init__(self, data: Any, model: nn.Module, limit: int | None = None) -> None:
         if isinstance(data, (torch.Tensor, np.ndarray)):
-            data = torch.as_tensor(data).split(32)
+            data = torch.split(torch.as_tensor(data), 32)
         self.limit = limit
         params = [p for p in inspect.signature(model.forward).parameters.values() if p.kind is not p.VAR_KEYWORD]
         self.names = [p.name for p in params if p.kind is not p.VAR_POSITIONAL]

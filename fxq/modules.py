@@ -283,15 +283,15 @@ class PaddedConv3d(_PaddedConv, nn.Conv3d):
     """Conv3d with its own padding on each of the six sides."""
 
 
-def padded(conv: nn.Module, pads: Sequence[int]) -> nn.Module:
+def padded(conv: Any, pads: Sequence[int]) -> nn.Module:
     """A conv with the weights of ``conv`` (shared, not copied) and explicit ``pads`` in torch's order."""
-    cls = {1: PaddedConv1d, 2: PaddedConv2d, 3: PaddedConv3d}[conv.weight.ndim - 2]  # type: ignore[union-attr,operator]
-    out = cls.__new__(cls)
+    cls = {1: PaddedConv1d, 2: PaddedConv2d, 3: PaddedConv3d}[conv.weight.ndim - 2]
+    out: Any = cls.__new__(cls)
     out.__dict__.update({k: (dict(v) if isinstance(v, dict) else v) for k, v in conv.__dict__.items()})
-    zero = (0,) * len(conv.kernel_size)  # type: ignore[arg-type]
+    zero = (0,) * len(conv.kernel_size)
     out.padding, out.pads = zero, tuple(pads)
     out._reversed_padding_repeated_twice = [0, 0] * len(zero)
-    return out
+    return out  # type: ignore[no-any-return]
 
 
 def conv_pads(conv: nn.Module) -> tuple[tuple[int, int], ...]:
@@ -349,7 +349,7 @@ class FakeQuantize(nn.Module):
             return x
         s = numerics.along(self.scale, self.spec.axis, x.ndim)
         z = numerics.along(self.zero_point, self.spec.axis, x.ndim)
-        out: Tensor = numerics._FakeQuantize.apply(x, s, z, self.spec.qmin, self.spec.qmax)  # type: ignore[no-untyped-call]
+        out: Tensor = numerics._FakeQuantize.apply(x, s, z, self.spec.qmin, self.spec.qmax)
         return out
 
     def extra_repr(self) -> str:

@@ -102,7 +102,7 @@ def fake_quantize(x: Tensor, qp: QParams) -> Tensor:
     """
     s = along(qp.scale.to(x.device), qp.spec.axis, x.ndim)
     z = along(qp.zero_point.to(x.device), qp.spec.axis, x.ndim)
-    out: Tensor = _FakeQuantize.apply(x, s, z, qp.spec.qmin, qp.spec.qmax)  # type: ignore[no-untyped-call]
+    out: Tensor = _FakeQuantize.apply(x, s, z, qp.spec.qmin, qp.spec.qmax)
     return out
 
 

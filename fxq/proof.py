@@ -50,7 +50,8 @@ class Proof:
         return {**asdict(self), "ok": self.ok}
 
     def __str__(self) -> str:
-        text = f"{self.differ} of {self.elements} output elements differ; {self.hidden_differ} of {self.hidden} elements of {self.nodes} of {self.planned} quantized tensors ({self.batches} batches)"
+        inner = f"{self.hidden_differ} of {self.hidden} elements of {self.nodes} of {self.planned} quantized tensors ({self.batches} batches)"
+        text = f"{self.differ} of {self.elements} output elements differ; {inner}"
         return text if self.first is None else f"{text}; the first node that differs is {self.first}"
 
 
@@ -127,8 +128,7 @@ def verify(gm: GraphModule, artifact: str | os.PathLike[str] | bytes, data: Iter
         for a, b in zip(want, got, strict=True):
             _count(count, "elements", "differ", a.cpu().numpy(), b)
         for name, b in zip(tensors, codes, strict=True):
-            a = reference.watch[name].cpu().numpy()
-            wrong = _count(count, "hidden", "hidden_differ", a, b)
+            wrong = _count(count, "hidden", "hidden_differ", reference.watch[name].cpu().numpy(), b)
             first = first or (name if wrong else None)
         count["batches"] += 1
     return Proof(nodes=len(tensors), planned=len(planned), first=first, **count)

@@ -72,7 +72,7 @@ def test_everything_runs_in_integers(tmp_path: Path) -> None:
     assert ops["QuantizeLinear"] == 1 and ops["QGemm"] == 1 and ops["QLinearConv"] == 5
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "squeezenet1_1"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "squeezenet1_1"])
 def test_torchvision_nets_equal_the_reference(name: str) -> None:
     torch.manual_seed(0)
     net = torchvision.models.get_model(name, weights=None).eval()
@@ -89,7 +89,7 @@ def test_simulator_is_close_differentiable_and_leaves_the_model_alone() -> None:
     assert net.training and all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     want = net.eval()(data())
     got = m(data())
-    assert float((want - got).norm() / want.norm()) < 0.1
+    assert float(((want - got).norm() / want.norm()).detach()) < 0.1
     got.sum().backward()
     assert all(p.grad is not None for n, p in m.named_parameters() if n.endswith("weight"))
 

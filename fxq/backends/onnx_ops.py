@@ -146,8 +146,8 @@ def _sizes(node: Node) -> np.ndarray[Any, Any]:
     return np.array([-1 if d else s for s, d in zip(shape(node), node.meta["dynamic"], strict=True)], np.int64)
 
 
-def reshape(w: Writer, node: Node, module: nn.Module) -> str:
-    sizes = np.array([0 if s is None else s for s in module.shape], np.int64)  # type: ignore[union-attr]
+def reshape(w: Writer, node: Node, module: Any) -> str:
+    sizes = np.array([0 if s is None else s for s in module.shape], np.int64)
     return w.op("Reshape", [w.name(data_inputs(node)[0]), w.const(f"{out_name(node)}/shape", sizes)], out_name(node))
 
 
@@ -164,16 +164,17 @@ def pool(w: Writer, node: Node, module: nn.Module) -> str:
     return w.op("AveragePool", [w.name(data_inputs(node)[0])], out_name(node), count_include_pad=int(p.count_include_pad), **attrs)
 
 
-def cut(w: Writer, node: Node, module: nn.Module) -> str:
-    out, s = out_name(node), module.slices  # type: ignore[union-attr]
+def cut(w: Writer, node: Node, module: Any) -> str:
+    out, s = out_name(node), module.slices
     cols = [np.array(c, np.int64) for c in zip(*[(b, 2**62 if e is None else e, d, k) for d, b, e, k in s], strict=True)]
     names = [w.const(f"{out}/{k}", c) for k, c in zip(("starts", "ends", "axes", "steps"), cols, strict=True)]
     return w.op("Slice", [w.name(data_inputs(node)[0]), *names], out)
 
 
 def split(w: Writer, node: Node, module: nn.Module) -> str:
-    out, s = out_name(node), module
-    outputs = [f"{out}/{i}" for i in range(len(s.sizes))]  # type: ignore[arg-type]
+    s: Any = module
+    out = out_name(node)
+    outputs = [f"{out}/{i}" for i in range(len(s.sizes))]
     sizes = w.const(f"{out}/sizes", np.array(s.sizes, np.int64))
     w.nodes.append(helper.make_node("Split", [w.name(data_inputs(node)[0]), sizes], outputs, name=f"{out}:Split", axis=s.dim))
     return out

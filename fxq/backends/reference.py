@@ -121,7 +121,7 @@ def _scalar(value: float, qp: QParams) -> Codes:
 def _accumulate(module: m.Quantized, x: Codes) -> tuple[Tensor, Tensor]:
     """Exact integer sums (with bias) of a weighted layer and the float32 scale ``fl(s_x * s_w)``, broadcastable."""
     op, wq = module.op, module.weight_grid.qparams
-    w = module.weight_codes().to(torch.float32) - numerics.along(wq.zero_point.to(torch.float32), wq.spec.axis, op.weight.ndim)  # type: ignore[operator,arg-type]
+    w = module.weight_codes().to(torch.float32) - numerics.along(wq.zero_point.to(torch.float32), wq.spec.axis, op.weight.ndim)  # type: ignore[arg-type]
     a = x.centred()
     top = max(abs(x.qp.spec.qmin - int(x.qp.zero_point)), abs(x.qp.spec.qmax - int(x.qp.zero_point)))
     dims = tuple(range(1, w.ndim))

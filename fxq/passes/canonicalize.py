@@ -127,7 +127,7 @@ def _adaptive(gm: GraphModule, node: Node, size: Any, x: Any) -> bool:
         return True
     if len(sizes) == 2 and all(s % o == 0 for s, o in zip(sizes, want, strict=True)):
         kernel = tuple(s // o for s, o in zip(sizes, want, strict=True))
-        return _put(gm, node, "avg_pool", nn.AvgPool2d(kernel), x)
+        return _put(gm, node, "avg_pool", nn.AvgPool2d((kernel[0], kernel[1])), x)
     cls: Any = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)[len(sizes) - 1]
     return False if node.op == "call_module" else _put(gm, node, "adaptive_avg_pool", cls(want), x)
 
