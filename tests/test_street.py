@@ -72,7 +72,7 @@ def test_everything_runs_in_integers(tmp_path: Path) -> None:
     assert ops["QuantizeLinear"] == 1 and ops["QGemm"] == 1 and ops["QLinearConv"] == 5
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "squeezenet1_1"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "squeezenet1_1"])
 def test_torchvision_nets_equal_the_reference(name: str) -> None:
     torch.manual_seed(0)
     net = torchvision.models.get_model(name, weights=None).eval()
