@@ -111,6 +111,26 @@ def test_history_shows_each_pass() -> None:
     assert m.history["fold-bn"].rewrites == 1 and "fold-bn" in str(m.history)
 
 
+class Pyramid(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.d = nn.Conv2d(3, 4, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.c(x)
+        g = F.interpolate(F.relu(F.adaptive_avg_pool2d(y, 1)), size=y.shape[-2:], mode="bilinear", align_corners=False)
+        return self.d(torch.cat([y, g], 1))
+
+
+def test_bilinear_resize_stays_float_with_a_reason_and_runs() -> None:
+    torch.manual_seed(0)
+    m = fxq.compile(Pyramid().eval(), calibration=data())
+    assert [(op.kind, op.why) for op in m.float_ops if op.kind == "resize"] == [("resize", "bilinear interpolation has no integer kernel")]
+    session = ort.InferenceSession(m.lower().data, providers=["CPUExecutionProvider"])
+    got = torch.from_numpy(session.run(None, {"x": data().numpy()})[0])
+    assert float((got - m(data())).abs().max().detach()) < 0.1
+
+
 class Branch(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * 2 if x.sum() > 0 else x

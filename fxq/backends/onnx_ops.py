@@ -194,7 +194,6 @@ def pad(w: Writer, node: Node, module: nn.Module) -> str:
 def resize(w: Writer, node: Node, module: nn.Module) -> str:
     r: Any = module
     out, x = out_name(node), data_inputs(node)[0]
-    axes = list(range(2, len(shape(node))))
     mode = {"nearest": "nearest", "nearest-exact": "nearest", "bilinear": "linear", "trilinear": "linear", "linear": "linear", "bicubic": "cubic"}[r.mode]
     if mode == "nearest":
         how: dict[str, Any] = {"coordinate_transformation_mode": "asymmetric" if r.mode == "nearest" else "half_pixel"}
@@ -203,9 +202,18 @@ def resize(w: Writer, node: Node, module: nn.Module) -> str:
         how = {"coordinate_transformation_mode": "align_corners" if r.align_corners else "half_pixel"}
         if mode == "cubic":
             how["cubic_coeff_a"] = -0.75
-    if r.scale is not None:
-        return w.op("Resize", [w.name(x), "", w.const(f"{out}/scales", np.array(r.scale, np.float32))], out, axes=axes, mode=mode, **how)
-    return w.op("Resize", [w.name(x), "", "", w.const(f"{out}/sizes", np.array(shape(node)[2:], np.int64))], out, axes=axes, mode=mode, **how)
+    # All four scales: ONNX Runtime's layout optimizer mishandles the `axes` attribute, and `sizes` would fix the batch.
+    scale = r.scale or [_ratio(i, o) for i, o in zip(shape(x)[2:], shape(node)[2:], strict=True)]
+    scales = w.const(f"{out}/scales", np.array([1, 1, *scale], np.float32))
+    return w.op("Resize", [w.name(x), "", scales], out, mode=mode, **how)
+
+
+def _ratio(size: int, wanted: int) -> np.float32:
+    """The least float32 scale at or above ``wanted / size`` whose product, rounded down, gives ``wanted``."""
+    ratio = np.float32(wanted / size)
+    while int(np.floor(np.float32(size) * ratio)) < wanted:
+        ratio = np.nextafter(ratio, np.float32(np.inf))
+    return ratio
 
 
 def batch_norm(w: Writer, node: Node, module: nn.Module) -> str:
