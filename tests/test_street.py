@@ -179,3 +179,11 @@ def test_dead_channel_and_constant_activation() -> None:
         net.b.bias.zero_()
     m = fxq.compile(net, calibration=data())
     assert m.verify(m.lower().data, data()).ok
+
+
+def test_adaptive_pool_with_uneven_windows_runs() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d((7, 4)), nn.Flatten(), nn.Linear(112, 5))
+    m = fxq.compile(net.eval(), "float", example=data()[:2])
+    session = ort.InferenceSession(m.lower().data, providers=["CPUExecutionProvider"])
+    got = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: data().numpy()})[0])
+    assert torch.allclose(got, net(data()), atol=1e-5)

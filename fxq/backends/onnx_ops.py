@@ -164,6 +164,17 @@ def pool(w: Writer, node: Node, module: nn.Module) -> str:
     return w.op("AveragePool", [w.name(data_inputs(node)[0])], out_name(node), count_include_pad=int(p.count_include_pad), **attrs)
 
 
+def adaptive_avg_pool(w: Writer, node: Node, module: Any) -> str:
+    """Windows of different sizes: a matrix product with the constant pooling matrix over the flattened plane."""
+    out, x = out_name(node), data_inputs(node)[0]
+    sizes, wanted = shape(x)[2:], shape(node)[2:]
+    cells = int(np.prod(sizes))
+    matrix = module(torch.eye(cells).reshape(cells, 1, *sizes)).reshape(cells, -1)
+    flat = w.op("Reshape", [w.name(x), w.const(f"{out}/flat", np.array([0, 0, cells], np.int64))], f"{out}/plane")
+    y = w.op("MatMul", [flat, w.const(f"{out}/matrix", matrix)], f"{out}/pooled")
+    return w.op("Reshape", [y, w.const(f"{out}/shape", np.array([0, 0, *wanted], np.int64))], out)
+
+
 def cut(w: Writer, node: Node, module: Any) -> str:
     out, s = out_name(node), module.slices
     cols = [np.array(c, np.int64) for c in zip(*[(b, 2**62 if e is None else e, d, k) for d, b, e, k in s], strict=True)]
@@ -282,7 +293,7 @@ EMITTERS: dict[str, Emitter] = {
     **dict.fromkeys(m.WEIGHTED, weighted), "add": simple("Add"), "sub": simple("Sub"), "mul": simple("Mul"), "div": simple("Div"),
     "matmul": simple("MatMul"), "sigmoid": simple("Sigmoid"), "tanh": simple("Tanh"), "hardswish": simple("HardSwish"),
     "global_avg_pool": simple("GlobalAveragePool"), "cat": attribute("axis", "Concat", "dim"), "permute": attribute("perm", "Transpose", "dims"),
-    "reshape": reshape, "max_pool": pool, "avg_pool": pool, "slice": cut, "split": split, "pad": pad, "resize": resize,
+    "reshape": reshape, "max_pool": pool, "avg_pool": pool, "adaptive_avg_pool": adaptive_avg_pool, "slice": cut, "split": split, "pad": pad, "resize": resize,
     "batch_norm": batch_norm, "layer_norm": layer_norm, "clamp": clamp, "mean": mean, "relu": relu, "hardsigmoid": hardsigmoid, "silu": silu,
     "gelu": gelu, "softmax": softmax, "leaky_relu": attribute("alpha", "LeakyRelu", "negative_slope"),
 }  # fmt: skip
