@@ -187,3 +187,25 @@ def test_adaptive_pool_with_uneven_windows_runs() -> None:
     session = ort.InferenceSession(m.lower().data, providers=["CPUExecutionProvider"])
     got = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: data().numpy()})[0])
     assert torch.allclose(got, net(data()), atol=1e-5)
+
+
+class Mixer(nn.Module):
+    """A token block: layer norm and GELU stay float, the linear layers run in integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.rand(8)), nn.Parameter(torch.rand(8))
+        self.conv, self.up, self.down = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        t = self.conv(x).flatten(2).transpose(1, 2)
+        return t + self.down(F.gelu(self.up(F.layer_norm(t, (8,), self.weight, self.bias))))
+
+
+def test_layer_norm_and_residual_stream_stay_float_linears_do_not(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    m = fxq.compile(Mixer().eval(), calibration=data())
+    assert {op.kind for op in m.float_ops} == {"layer_norm", "gelu", "add", "reshape", "permute"}
+    ops = fused(m.lower().data, tmp_path)
+    assert ops["QGemm"] == 2 and ops["Gemm"] == 0
+    assert m.verify(m.lower().data, data()[:3]).hidden_differ <= 2

@@ -317,6 +317,23 @@ def _conv(gm: GraphModule, node: Node) -> bool:
     return _put(gm, node, _name(node), layer, node.args[0])
 
 
+def _layer_norm(gm: GraphModule, node: Node) -> bool:
+    sizes, eps = _get(node, 1, "normalized_shape"), _get(node, 4, "eps", 1e-5)
+    parts = [_raw(node, 2, "weight"), _raw(node, 3, "bias")]
+    if any(p is not None and (not isinstance(p, Node) or p.op != "get_attr") for p in parts):
+        return False
+    norm = nn.LayerNorm(tuple(sizes), eps, elementwise_affine=parts[0] is not None, bias=parts[1] is not None)
+    for name, part in zip(("weight", "bias"), parts, strict=True):
+        if part is not None:
+            value = attr(gm, part)
+            setattr(norm, name, value if isinstance(value, nn.Parameter) else nn.Parameter(value))
+    return _put(gm, node, "layer_norm", norm, node.args[0])
+
+
+def _gelu(gm: GraphModule, node: Node) -> bool:
+    return _put(gm, node, "gelu", nn.GELU(_get(node, 1, "approximate", "none")), node.args[0])
+
+
 def _raw(node: Node, i: int, name: str) -> Any:
     return node.kwargs.get(name, node.args[i] if i < len(node.args) else None)
 
@@ -350,6 +367,7 @@ FORMS: dict[str, Form] = {
     **dict.fromkeys(("permute", "transpose", "swapaxes"), _permute), **dict.fromkeys(("chunk", "split", "tensor_split"), _split),
     "getitem": _getitem, "pad": _pad, "mean": _mean, "max_pool2d": _pool(nn.MaxPool2d, "max"), "avg_pool2d": _pool(nn.AvgPool2d, "avg"),
     "interpolate": _interpolate, **dict.fromkeys(("contiguous", "dropout", "detach", "clone"), _gone), "softmax": _softmax,
+    "layer_norm": _layer_norm, "gelu": _gelu,
     "conv1d": _conv, "conv2d": _conv, "conv3d": _conv, "linear": _conv, "adaptive_avg_pool2d": _adaptive_fn, "stochastic_depth": _gone,
 }  # fmt: skip
 
