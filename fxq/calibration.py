@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Iterator
 from itertools import chain
 from typing import Any
@@ -30,7 +31,7 @@ class Batches:
     def __init__(self, data: Any, model: nn.Module, limit: int | None = None) -> None:
         if isinstance(data, (torch.Tensor, np.ndarray)):
             data = torch.split(torch.as_tensor(data), 32)
-        self.limit = limit
+        self.limit, self._length = limit, operator.length_hint(data, 0)
         params = [p for p in inspect.signature(model.forward).parameters.values() if p.kind is not p.VAR_KEYWORD]
         self.names = [p.name for p in params if p.kind is not p.VAR_POSITIONAL]
         required = [p for p in params if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
@@ -57,6 +58,10 @@ class Batches:
                         f"batch {i} has shape {list(x.shape)}, the first one {list(e.shape)}", way_out="Resize or crop to one size"
                     )
             yield batch
+
+    def __length_hint__(self) -> int:
+        """Number of batches, 0 when it is not known before they have been read."""
+        return self._length if self.limit is None else min(self._length, self.limit)
 
     def _inputs(self, item: Any, i: int) -> tuple[Any, ...]:
         if isinstance(item, dict):

@@ -106,6 +106,11 @@ def fake_quantize(x: Tensor, qp: QParams) -> Tensor:
     return out
 
 
+def rounded(x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
+    """Nearest values on grids whose ``scale`` and ``zero`` (float32) broadcast to ``x`` (float32): no gradient, one new tensor. For searches."""
+    return torch.div(x, scale).round_().add_(zero).clamp_(spec.qmin, spec.qmax).sub_(zero).mul_(scale)
+
+
 def bias_qparams(input_qp: QParams, weight_qp: QParams) -> QParams:
     """Grid of an int32 bias: scale ``s_a * s_w`` (float32), zero point 0; per channel where the weight is.
 

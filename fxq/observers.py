@@ -1,191 +1,403 @@
-"""Observers: a stream of tensors to a range (lo, hi). State lives in buffers; none takes gradients."""
+"""Observers: a stream of tensors to a range ``(lo, hi)``.
+
+All state lives in buffers, so that saving, loading and going on equals an uninterrupted run bit for bit; nothing takes gradients.
+
+The extremes are always exact (one ``torch.aminmax`` a tensor, which shows NaN and infinity as well). The histogram observers
+count at most :data:`SAMPLE` elements of a tensor, evenly strided by a step that shares no factor with its sizes (so no column,
+channel or image is favoured); a counted element stands for ``numel / counted`` ones. A quantile ``p`` estimated from ``n``
+counted elements has the rank ``p`` with a standard error of ``sqrt(p(1-p)/n)``: 3e-5 for p = 0.9999 and one full sample.
+``sample=None`` counts every element.
+"""
 
 from __future__ import annotations
+
+import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from fxq.errors import CalibrationError
+from fxq import numerics
+from fxq.errors import CalibrationError, SchemeError, nearest
 from fxq.spec import QuantSpec
 
+SAMPLE = 1 << 17
+BINS = 2048
+_BLOCK = 1 << 16
+_FLOAT32_SAFE = 1e37
 
-class MinMax(nn.Module):
-    """Running extremes of all batches. Buffers ``lo``, ``hi`` (float32, rank 0) and ``has_data``."""
+
+class Observer(nn.Module):
+    """Running extremes of all tensors (the ``minmax`` observer, and the base of the others).
+
+    Attributes:
+        lo, hi: exact extremes so far, float32, rank 0.
+        has_data: bool, rank 0.
+        frozen: when True, :meth:`observe` changes nothing.
+
+    Raises:
+        SchemeError: for a per-channel grid; :func:`weight_range` serves those.
+    """
 
     lo: Tensor
     hi: Tensor
     has_data: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, spec: QuantSpec) -> None:
         super().__init__()
-        self.register_buffer("lo", torch.tensor(0.0))
-        self.register_buffer("hi", torch.tensor(0.0))
-        self.register_buffer("has_data", torch.tensor(False))
+        if spec.axis is not None:
+            raise SchemeError(f"an observer finds one range, the grid {spec} has one for each channel", way_out="Use a /pt grid")
+        self.spec, self.frozen = spec, False
+        self.register_buffer("lo", torch.zeros(()))
+        self.register_buffer("hi", torch.zeros(()))
+        self.register_buffer("has_data", torch.zeros((), dtype=torch.bool))
 
-    def observe(self, x: Tensor) -> None:
-        """Take in one batch.
+    def observe(self, x: Tensor, part: bool = False) -> None:
+        """Take in one tensor of any shape and float type; an empty one counts for nothing.
+
+        Args:
+            x: the values.
+            part: it belongs to the same batch as the tensor before it (values that share one grid).
 
         Raises:
-            CalibrationError: when it holds NaN or infinity.
+            CalibrationError: when it holds NaN or infinity; the state is then unchanged.
         """
-        lo, hi = torch.aminmax(x.detach().to(torch.float32))
-        if not bool(torch.isfinite(lo) & torch.isfinite(hi)):
-            raise CalibrationError("the activation holds NaN or infinity", way_out="Look at the inputs and at the layer before it")
-        self._join(lo, hi)
+        if self.frozen or x.numel() == 0:
+            return
+        x = x.detach().to(torch.float32)
+        lo, hi = torch.aminmax(x)
+        if not (math.isfinite(float(lo)) and math.isfinite(float(hi))):
+            raise CalibrationError("the value holds NaN or infinity", way_out="Look at the inputs and at the layer before it")
+        self._take(x, lo, hi, part)
         self.has_data.fill_(True)
 
-    def _join(self, lo: Tensor, hi: Tensor) -> None:
-        self.lo.copy_(torch.minimum(self.lo, lo) if bool(self.has_data) else lo)
-        self.hi.copy_(torch.maximum(self.hi, hi) if bool(self.has_data) else hi)
+    def _take(self, x: Tensor, lo: Tensor, hi: Tensor, part: bool) -> None:
+        self._widen(lo, hi)
+
+    def _widen(self, lo: Tensor, hi: Tensor) -> None:
+        seen = bool(self.has_data)
+        self.lo.copy_(torch.minimum(self.lo, lo) if seen else lo)
+        self.hi.copy_(torch.maximum(self.hi, hi) if seen else hi)
 
     def range(self) -> tuple[Tensor, Tensor]:
-        """``(lo, hi)``, float32 rank 0."""
+        """``(lo, hi)``, float32 rank 0; it need not hold 0."""
         return self.lo.clone(), self.hi.clone()
 
+    def merge(self, other: Observer) -> None:
+        """Join what ``other``, an observer of the same class, has seen (another process, another part of the data)."""
+        assert type(other) is type(self), f"{type(other).__name__} cannot be merged into {type(self).__name__}"
+        if bool(other.has_data):
+            self._join(other)
+            self.has_data.fill_(True)
 
-class MovingAverage(MinMax):
-    """Exponential moving average of each batch's extremes, ``r <- (1-m) r + m batch``; the first batch sets it (m = 0.1)."""
+    def _join(self, other: Observer) -> None:
+        self._widen(other.lo, other.hi)
 
-    def __init__(self, momentum: float = 0.1) -> None:
-        super().__init__()
+
+MinMax = Observer
+
+
+class MovingAverage(Observer):
+    """Moving average of each batch's extremes: ``r <- (1-m) r + m batch``; the first batch sets it.
+
+    Source: Jacob et al. 2018, arXiv 1712.05877, section 3.1.
+    """
+
+    batch: Tensor
+    before: Tensor
+    batches: Tensor
+
+    def __init__(self, spec: QuantSpec, momentum: float = 0.1) -> None:
+        super().__init__(spec)
         self.momentum = momentum
+        self.register_buffer("batch", torch.zeros(2))
+        self.register_buffer("before", torch.zeros(2))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
-    def _join(self, lo: Tensor, hi: Tensor) -> None:
-        m = self.momentum if bool(self.has_data) else 1.0
-        self.lo.mul_(1 - m).add_(lo, alpha=m)
-        self.hi.mul_(1 - m).add_(hi, alpha=m)
+    def _take(self, x: Tensor, lo: Tensor, hi: Tensor, part: bool) -> None:
+        if part and bool(self.has_data):
+            lo, hi = torch.minimum(lo, self.batch[0]), torch.maximum(hi, self.batch[1])
+        else:
+            self.before.copy_(torch.stack([self.lo, self.hi]))
+            self.batches += 1
+        self.batch.copy_(torch.stack([lo, hi]))
+        m = 1.0 if int(self.batches) == 1 else self.momentum
+        now = (1 - m) * self.before + m * self.batch
+        self.lo.copy_(now[0])
+        self.hi.copy_(now[1])
+
+    def _join(self, other: Observer) -> None:
+        """Mean of both ranges, weighted by the number of batches."""
+        assert isinstance(other, MovingAverage)
+        total = self.batches + other.batches
+        share = float(other.batches) / float(total)
+        self.lo.copy_((1 - share) * self.lo + share * other.lo)
+        self.hi.copy_((1 - share) * self.hi + share * other.hi)
+        self.batches.copy_(total)
 
 
-class Histogram(MinMax):
-    """Streaming histogram of ``bins`` equal bins; a batch beyond its range doubles the bin width, merging pairs of bins.
+class Histogram(Observer):
+    """Streaming histogram: ``bins`` equal bins over the first range; a tensor beyond it doubles the bin width on that side.
 
-    At most ``sample`` evenly strided elements of a batch are counted; the extremes are always exact.
+    Doubling merges pairs of bins, so no count is ever split. A symmetric grid counts ``|x|`` from 0 on, others ``x``. While every value is the same the
+    histogram is that one point.
+
+    Attributes:
+        hist: float64 ``[bins]``, counts (weighted when only a sample is counted).
+        edges: float64 ``[2]``, the first and the last edge.
+        sample: count at most so many elements of a tensor; ``None`` for all.
     """
 
     hist: Tensor
     edges: Tensor
 
-    def __init__(self, spec: QuantSpec, bins: int = 2048, sample: int = 1 << 18) -> None:
-        super().__init__()
-        self.spec, self.bins, self.sample = spec, bins, sample
+    def __init__(self, spec: QuantSpec, *, bins: int = BINS, sample: int | None = SAMPLE) -> None:
+        super().__init__(spec)
+        assert bins % 2 == 0, "pairs of bins are merged"
+        self.bins, self.sample = bins, sample
         self.register_buffer("hist", torch.zeros(bins, dtype=torch.float64))
         self.register_buffer("edges", torch.zeros(2, dtype=torch.float64))
 
-    def observe(self, x: Tensor) -> None:
-        super().observe(x)
-        flat = x.detach().to(torch.float32).reshape(-1)
-        step = max(1, flat.numel() // self.sample)
-        flat = flat[::step]
-        self._cover(float(self.lo), float(self.hi))
-        low, high = (float(e) for e in self.edges)
-        self.hist += torch.histc(flat.clamp(low, high), self.bins, low, high).to(torch.float64) * step
+    @property
+    def absolute(self) -> bool:
+        """Counts ``|x|`` instead of ``x``."""
+        return self.spec.symmetric
 
-    def _cover(self, lo: float, hi: float) -> None:
+    @property
+    def width(self) -> float:
+        """Width of a bin."""
+        return (float(self.edges[1]) - float(self.edges[0])) / self.bins
+
+    def centres(self) -> Tensor:
+        """Middle of each bin, float64 ``[bins]``."""
+        return self.edges[0] + (torch.arange(self.bins, dtype=torch.float64, device=self.hist.device) + 0.5) * self.width
+
+    def _take(self, x: Tensor, lo: Tensor, hi: Tensor, part: bool) -> None:
+        low, high = float(lo), float(hi)
+        if self.absolute:
+            low, high = 0.0, max(abs(low), abs(high))
+        self._cover(low, high)
+        self._widen(lo, hi)
+        flat = x.reshape(-1)
+        flat = flat[:: stride(x.shape, self.sample)] if self.sample is not None else flat
+        self._count(flat.abs() if self.absolute else flat, x.numel() / flat.numel())
+
+    def _count(self, x: Tensor, weight: float) -> None:
         low, high = (float(e) for e in self.edges)
         if low == high:
-            low, high = (lo, hi) if lo < hi else (lo - 0.5, lo + 0.5)
-        zeros = torch.zeros(self.bins // 2, dtype=torch.float64, device=self.hist.device)
+            self.hist[0] += weight * x.numel()
+            return
+        if max(abs(low), abs(high)) > _FLOAT32_SAFE:
+            x = x.to(torch.float64)
+        # The edges are float64: a float32 value at the rim may lie a rounding error outside, and belongs to the last bin.
+        bound = torch.finfo(x.dtype).max
+        counts = torch.histc(x.clamp(max(low, -bound), min(high, bound)), self.bins, low, high).to(torch.float64)
+        counts[-1] += x.numel() - counts.sum()
+        self.hist.add_(counts, alpha=weight)
+
+    def _cover(self, lo: float, hi: float) -> None:
+        """Make the bins reach from ``lo`` to ``hi``."""
+        low, high = (float(e) for e in self.edges)
+        if not bool(self.has_data):
+            low, high = lo, hi
+        elif low == high and (lo < low or hi > high):
+            self._spread(low, min(lo, low), max(hi, high))
+            return
+        if low == high:
+            self.edges.fill_(low)
+            return
+        hist, half = self.hist, self.hist.new_zeros(self.bins // 2)
         while lo < low or hi > high:
-            merged = self.hist.reshape(-1, 2).sum(1)
+            merged = hist.reshape(-1, 2).sum(1)
             if hi > high:
-                self.hist, high = torch.cat([merged, zeros]), high + (high - low)
+                hist, high = torch.cat([merged, half]), high + (high - low)
             else:
-                self.hist, low = torch.cat([zeros, merged]), low - (high - low)
+                hist, low = torch.cat([half, merged]), low - (high - low)
+        self.hist.copy_(hist)
         self.edges.copy_(torch.tensor([low, high], dtype=torch.float64))
 
-    def _centres(self) -> Tensor:
-        low, high = (float(e) for e in self.edges)
-        width = (high - low) / self.bins
-        return low + (torch.arange(self.bins, dtype=torch.float64, device=self.hist.device) + 0.5) * width
+    def _spread(self, point: float, low: float, high: float) -> None:
+        """The first range wider than the one point that was seen."""
+        total = float(self.hist.sum())
+        self.hist.zero_()
+        self.edges.copy_(torch.tensor([low, high], dtype=torch.float64))
+        self.hist[min(self.bins - 1, int((point - low) / (high - low) * self.bins))] = total
+
+    def _join(self, other: Observer) -> None:
+        """The other's bins go whole into the bin that holds their middle: off by at most half of the wider bin."""
+        assert isinstance(other, Histogram) and other.bins == self.bins
+        self._cover(float(other.edges[0]), float(other.edges[1]))
+        self._widen(other.lo, other.hi)
+        if self.width == 0:
+            self.hist[0] += other.hist.sum()
+            return
+        index = ((other.centres() - self.edges[0]) / self.width).long().clamp(0, self.bins - 1)
+        self.hist.scatter_add_(0, index, other.hist)
+
+    def _clip(self, lo: float, hi: float) -> tuple[Tensor, Tensor]:
+        """Inside the exact extremes, and around 0."""
+        lo, hi = min(max(lo, float(self.lo)), 0.0), max(min(hi, float(self.hi)), 0.0)
+        return torch.tensor(lo, device=self.lo.device), torch.tensor(hi, device=self.lo.device)
 
 
 class Percentile(Histogram):
-    """The range that leaves out the fraction ``1 - p`` of the values on each side (p = 0.9999)."""
+    """Asymmetric: the fraction ``p`` of the values is at or below ``hi``, and at or above ``lo``. Symmetric: of ``|x|``.
 
-    p: float = 0.9999
+    A side without values stays 0.
+    """
+
+    def __init__(self, spec: QuantSpec, *, p: float = 0.9999, bins: int = BINS, sample: int | None = SAMPLE) -> None:
+        super().__init__(spec, bins=bins, sample=sample)
+        self.p = p
 
     def range(self) -> tuple[Tensor, Tensor]:
         low, high = (float(e) for e in self.edges)
-        width, total = (high - low) / self.bins, float(self.hist.sum())
-        up = torch.searchsorted(self.hist.cumsum(0), torch.tensor(self.p * total, dtype=torch.float64))
-        down = torch.searchsorted(self.hist.flip(0).cumsum(0), torch.tensor(self.p * total, dtype=torch.float64))
-        hi = min(low + (int(up) + 1) * width, float(self.hi))
-        lo = max(high - (int(down) + 1) * width, float(self.lo))
-        return torch.tensor(min(lo, 0.0)), torch.tensor(max(hi, 0.0))
+        need = self.hist.new_tensor(math.ceil(self.p * float(self.hist.sum()) * (1 - 1e-12)))
+        up = int(torch.searchsorted(self.hist.cumsum(0), need).clamp(max=self.bins - 1))
+        hi = low + (up + 1) * self.width
+        if self.absolute:
+            return self._clip(-hi, hi)
+        down = int(torch.searchsorted(self.hist.flip(0).cumsum(0), need).clamp(max=self.bins - 1))
+        return self._clip(high - (down + 1) * self.width, hi)
 
 
 class MSE(Histogram):
-    """Of the clips ``T = i/100`` of the extremes (both ends alike), the one with the least squared rounding error."""
+    """The clip ``i/100`` of the extremes, i = 1..100 (both ends alike), with the least squared rounding error; on a tie the larger one."""
 
     def range(self) -> tuple[Tensor, Tensor]:
-        x, steps = self._centres(), torch.arange(1, 101, dtype=torch.float64, device=self.hist.device) / 100
-        lo = (float(min(self.lo, torch.tensor(0.0))) * steps)[:, None]
-        hi = (float(max(self.hi, torch.tensor(0.0))) * steps)[:, None]
-        best = _clip_errors(x[None], self.hist[None], lo, hi, self.spec)
-        i = 99 - int(best.flip(0).argmin())
-        return lo[i, 0].to(torch.float32), hi[i, 0].to(torch.float32)
+        x, steps = self.centres().to(torch.float32), torch.arange(100, 0, -1, device=self.hist.device) / 100
+        if self.width == 0:
+            return self.lo.clone(), self.hi.clone()
+        lo, hi = self.lo.clamp(max=0.0) * steps, self.hi.clamp(min=0.0) * steps
+        qp = numerics.choose_qparams(lo, hi, replace(self.spec, axis=0))
+        rows = x.expand(100, -1)
+        error = (numerics.fake_quantize(rows, qp) - rows).to(torch.float64).square() @ self.hist
+        best = int(error.argmin())
+        return lo[best].clone(), hi[best].clone()
 
 
 class Entropy(Histogram):
-    """The clip of |x| whose quantized histogram has the least Kullback-Leibler divergence (TensorRT's calibration)."""
+    """The clip of ``|x|`` that loses the least information (Kullback-Leibler divergence; Migacz 2017, "8-bit inference with TensorRT")."""
+
+    @property
+    def absolute(self) -> bool:
+        return True
 
     def range(self) -> tuple[Tensor, Tensor]:
-        levels = 1 << (self.spec.bits - 1)
-        centres = self._centres().abs()
-        top = max(abs(float(self.lo)), abs(float(self.hi))) or 1.0
-        index = (centres / top * self.bins).long().clamp(max=self.bins - 1)
-        h = torch.zeros_like(self.hist).scatter_add_(0, index, self.hist)
-        best, clip = float("inf"), self.bins
-        for i in range(levels, self.bins + 1, max(1, self.bins // 256)):
-            d = _divergence(h, i, levels)
-            if d <= best:
-                best, clip = d, i
-        t = clip / self.bins * top
-        return torch.tensor(max(float(self.lo), -t)), torch.tensor(min(float(self.hi), t))
+        if self.width == 0:
+            return self.lo.clone(), self.hi.clone()
+        t = entropy_clip(self.hist, 1 << (self.spec.bits - 1)) * self.width
+        return self._clip(-t, t)
 
 
-def _divergence(h: Tensor, i: int, levels: int) -> float:
-    p = h[:i].clone()
-    p[-1] += h[i:].sum()
-    group = torch.arange(i) * levels // i
-    count = torch.zeros(levels, dtype=torch.float64).scatter_add_(0, group, h[:i])
-    filled = torch.zeros(levels, dtype=torch.float64).scatter_add_(0, group, (p > 0).to(torch.float64))
-    q = torch.where(p > 0, (count / filled.clamp(min=1))[group], torch.zeros_like(p))
-    if bool(((q == 0) & (p > 0)).any()) or float(q.sum()) == 0:
-        return float("inf")
-    p, q = p / p.sum(), q / q.sum()
-    on = p > 0
-    return float((p[on] * (p[on] / q[on]).log()).sum())
+def stride(shape: torch.Size, sample: int) -> int:
+    """Least step that leaves at most ``sample`` elements of a tensor and shares no factor with its sizes (1 for a small tensor)."""
+    step, sizes = -(-shape.numel() // sample), math.prod(shape)
+    while step > 1 and math.gcd(step, sizes) > 1:
+        step += 1
+    return step
 
 
-def _clip_errors(x: Tensor, weight: Tensor, lo: Tensor, hi: Tensor, spec: QuantSpec) -> Tensor:
-    """Squared rounding error of the values ``x`` for each row's range."""
-    if spec.symmetric:
-        scale, zero = torch.maximum(-lo, hi) / spec.qmax, torch.zeros_like(lo)
-    else:
-        scale = (hi - lo) / (spec.qmax - spec.qmin)
-        zero = torch.round(spec.qmin - lo / scale.clamp(min=1e-300)).clamp(spec.qmin, spec.qmax)
-    scale = scale.clamp(min=1e-300)
-    q = ((torch.round(x / scale) + zero).clamp(spec.qmin, spec.qmax) - zero) * scale
-    return (weight * (q - x) ** 2).sum(-1)
+def entropy_clip(hist: Tensor, levels: int) -> int:
+    """Number of bins of the histogram of ``|x|`` to keep: least KL(P||Q) over i = levels..bins; on a tie the larger i.
+
+    P is the first i bins with the rest added to the last one; Q has ``levels`` groups of bins, each group's own count
+    spread evenly over its bins with P > 0. An i where Q = 0 < P is passed over.
+
+    Args:
+        hist: counts, float64 ``[bins]``.
+        levels: L; with fewer bins than that nothing is clipped.
+    """
+    bins = hist.numel()
+    if bins < levels:
+        return bins
+    first = hist.new_zeros(1)
+    i = torch.arange(levels, bins + 1, device=hist.device)
+    counts = torch.cat([first, hist.cumsum(0)])
+    filled = torch.cat([first, (hist > 0).to(torch.float64).cumsum(0)])
+    plogp = torch.cat([first, torch.special.xlogy(hist, hist).cumsum(0)])
+    edge = torch.arange(levels + 1, device=hist.device) * i[:, None] // levels
+    own = counts[edge].diff(dim=1)
+    taken = filled[edge].diff(dim=1)
+    rest = counts[-1] - counts[i]
+    last = hist[i - 1]
+    # The rest joins the last bin of P; a bin that was empty then counts as filled.
+    taken[:, -1] += ((last == 0) & (rest > 0)).to(torch.float64)
+    mass = own.clone()
+    mass[:, -1] += rest
+    total_p, total_q = counts[-1], own.sum(1)
+    p_log_p = plogp[i] - torch.special.xlogy(last, last) + torch.special.xlogy(last + rest, last + rest)
+    p_log_q = torch.where(mass > 0, mass * (own / taken.clamp(min=1)).log(), torch.zeros_like(mass)).sum(1)
+    divergence = (p_log_p - p_log_q) / total_p + (total_q / total_p).log()
+    divergence = torch.where(torch.isfinite(divergence), divergence, torch.full_like(divergence, float("inf")))
+    best = divergence.min()
+    return int(i[divergence <= best + 1e-12].max())
 
 
-def make(name: str, spec: QuantSpec) -> MinMax:
-    """Observer by name: ``minmax``, ``ema``, ``percentile``, ``mse``, ``entropy``."""
-    plain: dict[str, type[MinMax]] = {"minmax": MinMax, "ema": MovingAverage}
-    if name in plain:
-        return plain[name]()
-    table: dict[str, type[Histogram]] = {"percentile": Percentile, "mse": MSE, "entropy": Entropy}
-    return table[name](spec)
+_CLASSES: dict[str, type[Observer]] = {"minmax": MinMax, "ema": MovingAverage, "percentile": Percentile, "mse": MSE, "entropy": Entropy}
 
 
-def weight_range(w: Tensor, spec: QuantSpec, observer: str) -> tuple[Tensor, Tensor]:
-    """``(lo, hi)`` of a weight, float32, rank 0 or ``[C]`` along ``spec.axis``; ``mse`` searches the clip, others take the extremes."""
+def make(name: str, spec: QuantSpec) -> Observer:
+    """Observer by name: ``minmax``, ``ema``, ``percentile``, ``mse`` or ``entropy``.
+
+    Raises:
+        SchemeError: for an unknown name or a per-channel grid.
+    """
+    if name not in _CLASSES:
+        raise SchemeError(f"unknown observer {name!r}", way_out=nearest(name, _CLASSES))
+    return _CLASSES[name](spec)
+
+
+def weight_range(w: Tensor, spec: QuantSpec, observer: str = "minmax") -> tuple[Tensor, Tensor]:
+    """Range of a weight, from its current values.
+
+    ``minmax`` and ``ema`` take the extremes; ``mse`` searches each channel's best clip (i/100 of its extremes, all channels at once);
+    ``percentile`` and ``entropy`` run over each channel alone and count every value.
+
+    Args:
+        w: float weight of any shape, finite.
+        spec: its grid; ``spec.axis`` is the channel axis.
+        observer: name.
+
+    Returns:
+        ``(lo, hi)``, float32, rank 0 or ``[C]``.
+
+    Raises:
+        SchemeError: for an unknown observer.
+    """
+    w = w.detach().to(torch.float32)
     rows = w.reshape(1, -1) if spec.axis is None else w.movedim(spec.axis, 0).flatten(1)
-    lo, hi = rows.amin(1), rows.amax(1)
+    lo, hi = torch.aminmax(rows, dim=1)
     if observer == "mse":
-        steps = torch.arange(20, 101, device=w.device) / 100
-        errors = torch.stack([_clip_errors(rows, torch.ones_like(rows), (lo * s)[:, None], (hi * s)[:, None], spec) for s in steps])
-        best = steps[errors.argmin(0)]
-        lo, hi = lo * best, hi * best
+        lo, hi = _best_clip(rows, lo.clamp(max=0.0), hi.clamp(min=0.0), spec)
+    elif observer in ("percentile", "entropy"):
+        ranges = [_one_channel(row, spec, observer) for row in rows]
+        lo, hi = torch.stack([r[0] for r in ranges]), torch.stack([r[1] for r in ranges])
+    elif observer not in _CLASSES:
+        raise SchemeError(f"unknown observer {observer!r}", way_out=nearest(observer, _CLASSES))
     return (lo[0], hi[0]) if spec.axis is None else (lo, hi)
+
+
+def _one_channel(row: Tensor, spec: QuantSpec, observer: str) -> tuple[Tensor, Tensor]:
+    kind = Percentile if observer == "percentile" else Entropy
+    one = kind(spec.per_tensor(), bins=BINS if observer == "percentile" else 512, sample=None).to(row.device)
+    one.observe(row)
+    return one.range()
+
+
+def _best_clip(rows: Tensor, lo: Tensor, hi: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Clip with the least squared rounding error for each row of ``[C, K]``, in blocks that stay in the cache."""
+    steps = torch.arange(100, 0, -1, device=rows.device) / 100
+    qps = [numerics.choose_qparams(lo * s, hi * s, replace(spec, axis=0)) for s in steps]
+    scale, zero = torch.stack([q.scale for q in qps]), torch.stack([q.zero_point for q in qps]).to(torch.float32)
+    errors = rows.new_zeros(len(qps), len(rows))
+    columns = min(rows.shape[1], _BLOCK)
+    block = max(1, _BLOCK // columns)
+    for c in range(0, len(rows), block):
+        for k in range(0, rows.shape[1], columns):
+            x = rows[c : c + block, k : k + columns].contiguous()
+            for i in range(len(qps)):
+                y = numerics.rounded(x, scale[i, c : c + block, None], zero[i, c : c + block, None], spec)
+                errors[i, c : c + block] += y.sub_(x).square_().sum(1)
+    best = steps[errors.argmin(0)]
+    return lo * best, hi * best

@@ -2,40 +2,59 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from fxq import numerics, observers
+from fxq import numerics
 from fxq.errors import CalibrationError
-from fxq.graph import grids
+from fxq.graph import Grid, data_inputs, grids, kind
+from fxq.observers import Observer, make
 from fxq.pipeline import Pass, PassContext
+from fxq.targets import Target
 
 
 class _Observe(Interpreter):
-    """Runs the graph and shows each value that has an open grid to that grid's observer."""
+    """Runs the graph, frees what is read for the last time, and shows each watched value to its observer."""
 
-    def __init__(self, gm: GraphModule, watch: dict[Node, observers.MinMax]) -> None:
+    def __init__(self, gm: GraphModule, watch: dict[Node, Observer]) -> None:
         super().__init__(gm)
-        self.watch = watch
+        self.extra_traceback = False
+        self.watch, self.batch = watch, 0
+        first = {observer: node for node, observer in reversed(watch.items())}
+        self.part = {node: first[observer] is not node for node, observer in watch.items()}
 
     def run_node(self, n: Node) -> Any:
-        out = super().run_node(n)
+        try:
+            out = super().run_node(n)
+        except Exception as e:
+            fact = (str(e) or type(e).__name__).splitlines()[0]
+            way_out = "Check the batch's shape and type"
+            raise CalibrationError(f"the float forward failed: {fact}", where=self._where(n), way_out=way_out) from e
         observer = self.watch.get(n)
-        if observer is not None:
+        if observer is not None and (n.op != "get_attr" or self.batch == 0):
             try:
-                observer.observe(out)
+                observer.observe(out, self.part[n])
             except CalibrationError as e:
-                raise CalibrationError(e.fact, where=f"calibrate / {n.name}", way_out=e.way_out) from e
+                raise CalibrationError(e.fact, where=self._where(n), way_out=e.way_out) from e
         return out
+
+    def _where(self, n: Node) -> str:
+        return f"calibrate / {n.name}, batch {self.batch}"
 
 
 @dataclass(frozen=True)
 class Calibrate(Pass):
-    """Observe the float forward. A grid that absorbed a clamp starts at exactly 0 and ends at or below the clamp.
+    """Observe the float forward (arXiv 1712.05877, section 3.1) and choose each grid's parameters.
+
+    Values that share a grid share its observer. A value that only moves codes of the same grid (max-pool, reshape, ...) holds
+    nothing new and is not observed; a constant is observed once. A grid that absorbed a clamp starts at exactly the clamp's lower end
+    and ends at or below its upper end.
 
     Attributes:
         observer: overrides the scheme's activation observer.
@@ -52,25 +71,58 @@ class Calibrate(Pass):
         members: dict[str, list[Node]] = defaultdict(list)
         for node in gm.graph.nodes:
             name = node.meta.get("grid")
-            if name is not None and table[name].qparams is None:
+            if name is not None and table[name].fixed is None and table[name].qparams is None:
                 members[name].append(node)
         if not members:
             return 0
-        kind = self.observer or ctx.scheme.activation_observer
-        made = {name: observers.make(kind, table[name].spec) for name in members}
-        watch = {node: made[name] for name, nodes in members.items() for node in nodes}
-        runner = _Observe(gm, watch)
-        with torch.inference_mode():
-            for i, batch in enumerate(ctx.calibration or ()):
-                runner.run(*batch)
-                ctx.progress("calibrate", i + 1, None)
+        if ctx.calibration is None:
+            raise CalibrationError("there is no calibration data", where=self.name, way_out="Pass calibration= (a few hundred samples)")
+        made = {name: self._observer(table[name], ctx).to(_device(ctx)) for name in members}
+        watch = {node: made[name] for name, nodes in members.items() for node in nodes if not _moves(gm, node, ctx.target)}
+        self._observe(gm, ctx, watch)
         for name, observer in made.items():
-            if not bool(observer.has_data):
-                raise CalibrationError("no calibration data reached it", where=f"calibrate / {name}")
-            lo, hi = (v.cpu().clone() for v in observer.range())
-            clamp = table[name].clamp
-            if clamp is not None:
-                lo = torch.tensor(clamp[0])
-                hi = hi if clamp[1] is None else hi.clamp(max=clamp[1])
-            table[name] = replace(table[name], qparams=numerics.choose_qparams(lo, hi, table[name].spec))
+            table[name] = replace(table[name], qparams=_qparams(name, table[name], observer))
         return len(made)
+
+    def _observer(self, grid: Grid, ctx: PassContext) -> Observer:
+        return make(self.observer or ctx.scheme.activation_observer, grid.spec)
+
+    def _observe(self, gm: GraphModule, ctx: PassContext, watch: dict[Node, Observer]) -> None:
+        assert ctx.calibration is not None
+        runner = _Observe(gm.eval(), {n: watch[n] for n in gm.graph.nodes if n in watch})
+        total = operator.length_hint(ctx.calibration, 0) or None
+        with torch.inference_mode():
+            for batch in ctx.calibration:
+                runner.run(*batch)
+                runner.batch += 1
+                ctx.progress(self.name, runner.batch, total)
+
+
+def _moves(gm: GraphModule, node: Node, target: Target) -> bool:
+    """True when the node only hands on values of its own grid."""
+    rule = target.ops.get(kind(gm, node))
+    if rule is None or rule.output != "same" or not node.meta.get("integer"):
+        return False
+    sources = data_inputs(node)
+    if kind(gm, node) == "getitem":
+        sources = data_inputs(sources[0])
+    return bool(sources) and all(s.meta.get("grid") == node.meta["grid"] for s in sources)
+
+
+def _qparams(name: str, grid: Grid, observer: Observer) -> Any:
+    if not bool(observer.has_data):
+        way_out = "Check that the loader yields batches"
+        raise CalibrationError("no calibration data reached it", where=f"calibrate / {name}", way_out=way_out)
+    lo, hi = (v.cpu() for v in observer.range())
+    if grid.clamp is not None:
+        lo, hi = _clamped(lo, hi, grid.clamp)
+    return numerics.choose_qparams(lo, hi, grid.spec)
+
+
+def _clamped(lo: Tensor, hi: Tensor, clamp: tuple[float, float | None]) -> tuple[Tensor, Tensor]:
+    low, high = clamp
+    return torch.full_like(lo, low), hi.clamp(min=low, max=high)
+
+
+def _device(ctx: PassContext) -> torch.device:
+    return next((x.device for x in ctx.example if isinstance(x, Tensor)), torch.device("cpu"))
