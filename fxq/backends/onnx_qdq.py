@@ -2,94 +2,177 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, ClassVar
 
-import torch
-from onnx import TensorProto, helper
+from onnx import helper
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from fxq.backends.onnx_ops import EMITTERS, HARD_SIGMOID_WIDTH, Writer
-from fxq.graph import attr, data_inputs, kind, module_of
+from fxq import numerics
+from fxq.backends import onnx_float, onnx_ops
+from fxq.backends.onnx_island import Island, find, schedule, splice
+from fxq.backends.onnx_limits import refusal
+from fxq.backends.onnx_ops import HARD_SIGMOID_WIDTH
+from fxq.backends.onnx_writer import TYPES, Writer, constant
+from fxq.errors import LoweringError
+from fxq.graph import kind, module_of
 from fxq.lowering import Artifact, Issue, Lowering
-from fxq.modules import FakeQuantize
+from fxq.modules import FakeQuantize, Quantized
 from fxq.schemes import Scheme
 from fxq.spec import QParams
 from fxq.targets import Target
 
-TYPES = {torch.float32: TensorProto.FLOAT, torch.int64: TensorProto.INT64, torch.int32: TensorProto.INT32, torch.bool: TensorProto.BOOL}
+EMITTERS = {**onnx_ops.EMITTERS, **onnx_float.EMITTERS}
+MAX_BYTES = 2**31 - 2**20  # a protobuf message ends at 2 GiB; the rest is for the graph
 
 
 class OnnxQdq(Lowering):
-    """Writes opset and IR version of the target, a dynamic batch, and names that follow the module path."""
+    """Writes opset and IR version of the target, a dynamic batch, and names that follow the module path.
+
+    Operations that fxq has no emitter for become float islands: torch's exporter writes them and they are spliced in.
+    """
 
     name: ClassVar[str] = "onnx-qdq"
 
+    def __init__(self) -> None:
+        self._found: tuple[GraphModule, list[Island]] | None = None
+
+    def _islands(self, gm: GraphModule, target: Target) -> list[Island]:
+        """Float islands of ``gm``, exported once for ``check`` and ``emit``."""
+        if self._found is None or self._found[0] is not gm:
+            self._found = gm, find(gm, lambda n: _foreign(gm, n), target.opset)
+        return self._found[1]
+
     def check(self, gm: GraphModule, scheme: Scheme, target: Target) -> list[Issue]:
-        issues = []
+        """Everything that cannot be written: operations neither fxq nor torch's exporter can write, foreign outputs, files over 2 GiB."""
+        self._found = None
+        issues = [i.fault for i in self._islands(gm, target) if i.fault is not None]
         for node in gm.graph.nodes:
-            k = kind(gm, node)
-            if k in ("input", "output", "attr", "fake_quantize"):
-                continue
-            if k == "getitem" and kind(gm, data_inputs(node)[0]) == "split":
-                continue
-            if k not in EMITTERS:
-                what = str(getattr(node.target, "__name__", node.target))
-                issues.append(Issue(node.name, f"fxq cannot write {what} ({k}) to ONNX", "Replace the operation in the model"))
-        if scheme.method == "dynamic":
-            issues.append(Issue("scheme", f"{scheme.name} has no ONNX form yet", "Use weight_only_w8 or iao_w8a8"))
+            if node.op == "placeholder" and node.meta.get("dtype") not in TYPES:
+                issues.append(Issue(node.name, f"an input of type {node.meta.get('dtype')} has no ONNX form", "Pass tensors only"))
+            if node.op == "output":
+                issues.extend(_output_faults(node.args[0]))
+            if node.op == "call_module" and isinstance(module_of(gm, node), Quantized) and refusal(gm, node) is not None:
+                issues.append(Issue(node.name, str(refusal(gm, node)), "Leave the layer float with skip="))
+        size = sum(p.numel() * _width(gm, p) for p in {id(p): p for p in gm.parameters()}.values())
+        if size > MAX_BYTES:
+            issues.append(Issue("file", f"the weights take {size / 2**30:.1f} GiB, an ONNX file holds 2", "Quantize more layers, or split the model"))
         return issues
 
     def emit(self, gm: GraphModule, scheme: Scheme, target: Target) -> Artifact:
+        """Bytes of the ModelProto. ``info``: bytes of weights and file, nodes by type, float operations with reasons, islands.
+
+        Raises:
+            LoweringError: when the file would be larger than 2 GiB.
+        """
         from fxq import __version__
 
-        w = Writer(gm)
+        islands = self._islands(gm, target)
+        results = [r for n in gm.graph.nodes if n.op == "output" for r in named_results(n.args[0])]
+        w = Writer(gm, [str(n.target) for n in gm.graph.nodes if n.op == "placeholder"] + [name for name, _ in results])
         inputs: list[Any] = []
-        outputs: list[Any] = []
-        for node in gm.graph.nodes:
-            k = kind(gm, node)
-            if k == "input":
-                w.names[node] = str(node.target)
-                inputs.append(_info(str(node.target), node))
-            elif k == "attr":
-                w.names[node] = w.const(str(node.target), attr(gm, node))
-            elif k == "fake_quantize":
-                w.names[node] = _round(w, gm, node)
-            elif k == "getitem":
-                w.names[node] = f"{w.name(data_inputs(node)[0])}/{node.args[1]}"
-            elif k == "output":
-                outputs = [_output(w, name, n) for name, n in _results(node.args[0])]
-            else:
-                w.names[node] = EMITTERS[k](w, node, module_of(gm, node))
-        graph = helper.make_graph(w.nodes, type(gm).__name__, inputs, outputs, list(w.initializers.values()))
-        model = helper.make_model(
-            graph, opset_imports=[helper.make_opsetid("", target.opset)], ir_version=target.ir_version, producer_name="fxq", producer_version=__version__
-        )
+        for unit in schedule(gm, islands):
+            if isinstance(unit, Island):
+                splice(w, unit)
+            elif unit.op == "placeholder":
+                w.names[unit] = str(unit.target)
+                inputs.append(_info(str(unit.target), unit))
+            elif unit.op != "output":
+                _emit(w, unit)
+        outputs = [_output(w, name, n) for name, n in results]
+        weights = sum(t.ByteSize() for t in w.initializers.values())
+        if weights > MAX_BYTES:
+            raise LoweringError(f"the weights take {weights / 2**30:.1f} GiB, an ONNX file holds 2", way_out="Quantize more layers, or split the model")
+        graph = helper.make_graph(w.nodes, type(gm).__name__, inputs, outputs, _used(w))
+        opset = [helper.make_opsetid("", target.opset)]
+        model = helper.make_model(graph, opset_imports=opset, ir_version=target.ir_version, producer_name="fxq", producer_version=__version__)
         helper.set_model_props(model, {"fxq.scheme": scheme.name, "fxq.target": target.name, "fxq.version": __version__})
         data = model.SerializeToString()
-        weights = sum(len(t.raw_data) for t in w.initializers.values())
-        return Artifact(self.name, data, {"bytes": {"total": len(data), "weights": weights}})
+        return Artifact(self.name, data, {"bytes": {"total": len(data), "weights": weights}, **_facts(gm, w, islands)})
 
 
-def _round(w: Writer, gm: GraphModule, node: Node) -> str:
-    module = module_of(gm, node)
+def _facts(gm: GraphModule, w: Writer, islands: list[Island]) -> dict[str, Any]:
+    floats = [
+        {"node": _path(n), "kind": kind(gm, n), "why": n.meta["float_why"]}
+        for n in gm.graph.nodes
+        if n.meta.get("float_why") and n.op not in ("output", "placeholder", "get_attr")
+    ]
+    return {"ops": dict(Counter(n.op_type for n in w.nodes)), "float_ops": floats, "islands": [[_path(n) for n in i.nodes] for i in islands]}
+
+
+def _path(node: Node) -> str:
+    return str(node.target) if node.op == "call_module" else node.name
+
+
+def _used(w: Writer) -> list[Any]:
+    read = {i for n in w.nodes for i in n.input} | {i for n in w.nodes for a in n.attribute for s in a.g.node for i in s.input}
+    return [t for name, t in w.initializers.items() if name in read]
+
+
+def _foreign(gm: GraphModule, node: Node) -> bool:
+    """Must torch's exporter write this node?"""
+    k = kind(gm, node)
+    if k in ("input", "output", "attr", "fake_quantize"):
+        return False
+    if k == "getitem":
+        source = node.args[0]
+        return not (isinstance(source, Node) and kind(gm, source) == "split" and isinstance(node.args[1], int))
+    if node.op == "call_module" and isinstance(module_of(gm, node), Quantized):
+        return False
+    return k not in EMITTERS or refusal(gm, node) is not None
+
+
+def _emit(w: Writer, node: Node) -> None:
+    gm, k = w.gm, kind(w.gm, node)
+    if k == "attr":
+        w.later(node, lambda: w.const(w.out(node), constant(gm, node)))
+    elif k == "fake_quantize":
+        _round(w, node)
+    elif k == "getitem":
+        source = node.all_input_nodes[0]
+        w.names[node] = f"{w.name(source)}/{int(node.args[1]) % len(source.meta['shape'])}"  # type: ignore[arg-type]
+    else:
+        w.names[node] = EMITTERS[k](w, node, module_of(gm, node))
+
+
+def _round(w: Writer, node: Node) -> None:
+    """QuantizeLinear of the value (nothing when it is on codes already), DequantizeLinear when a reader wants the float value."""
+    gm, module, source = w.gm, module_of(w.gm, node), node.all_input_nodes[0]
     assert isinstance(module, FakeQuantize)
-    path, qp, source = str(node.target), module.qparams, data_inputs(node)[0]
+    path, qp = w.codes(node), module.qparams
     s, z = w.grid(path, qp)
-    store_s = s
-    if kind(gm, source) == "hardsigmoid" and source.meta.get("integer"):
-        wide = QParams(qp.spec, qp.scale * HARD_SIGMOID_WIDTH, qp.zero_point)
-        store_s, _ = w.grid(f"{path}/wide", wide)
-    w.op("QuantizeLinear", [w.name(source), store_s, z], path)
-    return w.op("DequantizeLinear", [path, s, z], f"{path}/dq")
+    axis = {} if qp.spec.axis is None else {"axis": qp.spec.axis}
+    if source.op == "get_attr":
+        w.const(path, numerics.quantize(constant(gm, source), qp))
+    elif source not in w.nodes_on_codes:
+        store = s
+        if kind(gm, source) == "hardsigmoid" and source.meta.get("integer"):
+            store, _ = w.grid(f"{path}/wide", QParams(qp.spec, qp.scale * HARD_SIGMOID_WIDTH, qp.zero_point))
+        w.op("QuantizeLinear", [w.name(source), store, z], path, **axis)
+    w.later(node, lambda: w.op("DequantizeLinear", [path, s, z], f"{path}/dq", **axis))
 
 
-def _results(value: Any) -> list[tuple[str, Node]]:
+def named_results(value: Any, name: str = "") -> list[tuple[str, Node]]:
+    """``(output name, node)`` of a nested output: ``output``; dict keys; ``output_0``, ...; deeper levels joined by ``_``."""
     if isinstance(value, Node):
-        return [("output", value)]
+        return [(name or "output", value)]
     if isinstance(value, dict):
-        return [(str(k), n) for k, v in value.items() for _, n in _results(v)]
-    found = [n for v in value for _, n in _results(v)]
-    return [(f"output_{i}", n) for i, n in enumerate(found)]
+        return [r for k, v in value.items() for r in named_results(v, f"{name}_{k}" if name else str(k))]
+    if isinstance(value, (tuple, list)):
+        return [r for i, v in enumerate(value) for r in named_results(v, f"{name or 'output'}_{i}")]
+    return []
+
+
+def _output_faults(value: Any) -> list[Issue]:
+    faults = [
+        Issue(name, "this output is not a tensor with an ONNX type", "Return its tensors one by one")
+        for name, n in named_results(value)
+        if not isinstance(n.meta.get("shape"), tuple) or n.meta.get("dtype") not in TYPES
+    ]
+    names = Counter(name for name, _ in named_results(value))
+    faults += [Issue(n, "two outputs have this name", "Give the model's outputs different keys") for n, count in names.items() if count > 1]
+    return faults
 
 
 def _info(name: str, node: Node) -> Any:
@@ -103,3 +186,10 @@ def _output(w: Writer, name: str, node: Node) -> Any:
     return _info(name, node)
 
 
+def _width(gm: GraphModule, p: Tensor) -> float:
+    """Bytes that an element of ``p`` takes in the file."""
+    return _widths(gm).get(id(p), p.element_size())
+
+
+def _widths(gm: GraphModule) -> dict[int, float]:
+    return {id(q.op.weight): q.weight_grid.spec.bits / 8 for q in gm.modules() if isinstance(q, Quantized)}

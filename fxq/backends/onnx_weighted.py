@@ -1,0 +1,135 @@
+"""Convolution, transposed convolution and linear layers: float, integer, dynamic and weight-only forms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from onnx import TensorProto
+from torch import nn
+from torch.fx import Node
+
+from fxq import modules as m
+from fxq.backends.onnx_writer import Writer
+from fxq.graph import kind, module_of, shape
+
+NIBBLE = 4  # bits that ONNX's INT4 holds
+PAD_MODES = {"constant": "constant", "zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+
+
+def weighted(w: Writer, node: Node, module: nn.Module) -> str:
+    """Emit a conv, transposed conv or linear node (a float module or a :class:`~fxq.modules.Quantized` one)."""
+    if isinstance(module, m.Quantized):
+        if module.dynamic is not None:
+            return dynamic_linear(w, node, module)
+        if not node.meta.get("integer"):
+            return weight_only(w, node, module)
+        return _layer(w, node, module.op, _weight(w, node, module), _bias(w, node, module))
+    op: Any = module
+    return _layer(w, node, op, w.const(f"{w.out(node)}/weight", op.weight), _float_bias(w, node, op))
+
+
+def _layer(w: Writer, node: Node, op: Any, weight: str, bias: list[str]) -> str:
+    if isinstance(op, nn.Linear):
+        return _linear(w, node, w.input(node), weight, bias)
+    out = w.out(node)
+    attrs: dict[str, Any] = dict(strides=op.stride, dilations=op.dilation, group=op.groups, kernel_shape=op.kernel_size)
+    if isinstance(op, nn.modules.conv._ConvTransposeNd):
+        attrs.update(pads=[*op.padding, *op.padding], output_padding=op.output_padding)
+        return w.op("ConvTranspose", [w.input(node), weight, *bias], out, **attrs)
+    pads = m.conv_pads(op)
+    begin, end = [b for b, _ in pads], [e for _, e in pads]
+    if op.padding_mode == "zeros":
+        return w.op("Conv", [w.input(node), weight, *bias], out, pads=begin + end, **attrs)
+    return w.op("Conv", [_padded(w, node, op.padding_mode, begin, end), weight, *bias], out, **attrs)
+
+
+def _padded(w: Writer, node: Node, mode: str, begin: list[int], end: list[int]) -> str:
+    """Input padded with its own values; on the codes when it has any, so that the conv still fuses."""
+    out, source = w.out(node), node.all_input_nodes[0]
+    pads = w.ints(f"{out}/pads", [0, 0, *begin, 0, 0, *end])
+    if kind(w.gm, source) != "fake_quantize":
+        return w.op("Pad", [w.name(source), pads], f"{out}/padded", mode=PAD_MODES[mode])
+    fq: Any = module_of(w.gm, source)
+    codes = w.op("Pad", [w.codes(source), pads], f"{out}/padded_q", mode=PAD_MODES[mode])
+    return w.op("DequantizeLinear", [codes, *w.grid(w.codes(source), fq.qparams)], f"{out}/padded/dq")
+
+
+def _float_bias(w: Writer, node: Node, op: Any) -> list[str]:
+    return [] if op.bias is None else [w.const(f"{w.out(node)}/bias", op.bias)]
+
+
+def _weight(w: Writer, node: Node, module: m.Quantized) -> str:
+    """Integer weight behind DequantizeLinear. int4 is cast to int8 first: constant folding expands it before the runtime fuses Q/DQ."""
+    out, qp, codes = w.out(node), module.weight_grid.qparams, module.weight_codes()
+    s, z = w.grid(f"{out}/weight", qp)
+    if qp.spec.bits <= NIBBLE and qp.spec.signed:
+        q = w.op("Cast", [w.int4(f"{out}/weight_q4", codes)], f"{out}/weight_q", to=TensorProto.INT8)
+    else:
+        q = w.const(f"{out}/weight_q", codes)
+    axis = {} if qp.spec.axis is None else {"axis": qp.spec.axis}
+    return w.op("DequantizeLinear", [q, s, z], f"{out}/weight/dq", **axis)
+
+
+def _bias(w: Writer, node: Node, module: m.Quantized) -> list[str]:
+    codes = module.bias_codes()
+    if codes is None:
+        return _float_bias(w, node, module.op)
+    assert module.bias_grid is not None
+    out, qp = w.out(node), module.bias_grid.qparams
+    axis = {} if qp.spec.axis is None else {"axis": 0}
+    return [w.op("DequantizeLinear", [w.const(f"{out}/bias_q", codes), *w.grid(f"{out}/bias", qp)], f"{out}/bias/dq", **axis)]
+
+
+def _linear(w: Writer, node: Node, x: str, weight: str, bias: list[str]) -> str:
+    """Gemm; for more than two dimensions between two reshapes, which the runtime fuses to QGemm (MatMul + Add would stay float)."""
+    out, source = w.out(node), node.all_input_nodes[0]
+    if len(shape(source)) == 2:
+        return w.op("Gemm", [x, weight, *bias], out, transB=1)
+    x = w.op("Reshape", [x, w.ints(f"{out}/rows", [-1, shape(source)[-1]])], f"{out}/2d")
+    y = w.op("Gemm", [x, weight, *bias], f"{out}/gemm", transB=1)
+    return w.op("Reshape", [y, w.sizes(node, source)], out)
+
+
+def weight_only(w: Writer, node: Node, module: m.Quantized) -> str:
+    """Integer weights, float arithmetic.
+
+    A linear layer becomes DequantizeLinear([K, N]) -> MatMul -> Add, which ONNX Runtime turns into MatMulNBits. A conv's weight is
+    written as Cast -> Sub -> Mul: constant folding expands it once at load, where a DequantizeLinear would run on every call.
+    """
+    out, qp, codes, op = w.out(node), module.weight_grid.qparams, module.weight_codes(), module.op
+    if not isinstance(op, nn.Linear):
+        return _layer(w, node, op, _folded(w, out, module), _float_bias(w, node, op))
+    s = w.const(f"{out}/weight_scale", qp.scale)
+    if qp.spec.bits <= NIBBLE and qp.spec.signed:
+        q, z = w.int4(f"{out}/weight_q", codes.T.contiguous()), w.int4(f"{out}/weight_zero", qp.zero_point)
+    else:
+        q, z = w.const(f"{out}/weight_q", codes.T), w.const(f"{out}/weight_zero", qp.zero_point.to(qp.spec.dtype))
+    axis = {} if qp.spec.axis is None else {"axis": 1}
+    y = w.op("MatMul", [w.input(node), w.op("DequantizeLinear", [q, s, z], f"{out}/weight/dq", **axis)], out if op.bias is None else f"{out}/matmul")
+    return y if op.bias is None else w.op("Add", [y, *_float_bias(w, node, op)], out)
+
+
+def _folded(w: Writer, out: str, module: m.Quantized) -> str:
+    qp, codes = module.weight_grid.qparams, module.weight_codes()
+    small = qp.spec.bits <= NIBBLE and qp.spec.signed
+    q = w.int4(f"{out}/weight_q", codes) if small else w.const(f"{out}/weight_q", codes)
+    real = w.op("Cast", [q], f"{out}/weight/float", to=TensorProto.FLOAT)
+    along = [-1 if d == qp.spec.axis else 1 for d in range(codes.ndim)] if qp.spec.axis is not None else []
+    if bool((qp.zero_point != 0).any()):
+        real = w.op("Sub", [real, w.const(f"{out}/weight_zero", qp.zero_point.to(torch.float32).reshape(along))], f"{out}/weight/centred")
+    return w.op("Mul", [real, w.const(f"{out}/weight_scale", qp.scale.reshape(along))], f"{out}/weight")
+
+
+def dynamic_linear(w: Writer, node: Node, module: m.Quantized) -> str:
+    """The input's range is measured at every call; ONNX Runtime fuses the chain to DynamicQuantizeMatMul."""
+    out, qp, op = w.out(node), module.weight_grid.qparams, module.op
+    x, s, z = f"{out}/input_q", f"{out}/input_scale", f"{out}/input_zero"
+    w.multi("DynamicQuantizeLinear", [w.input(node)], [x, s, z], f"{out}/input")
+    weight_scale, weight_zero = w.grid(f"{out}/weight", qp)
+    q = w.const(f"{out}/weight_q", module.weight_codes().T)
+    acc = w.op("MatMulInteger", [x, q, z, weight_zero], f"{out}/sums")
+    real = w.op("Cast", [acc], f"{out}/float", to=TensorProto.FLOAT)
+    scale = w.op("Mul", [s, weight_scale], f"{out}/scale")
+    y = w.op("Mul", [real, scale], out if op.bias is None else f"{out}/matmul")
+    return y if op.bias is None else w.op("Add", [y, *_float_bias(w, node, op)], out)
