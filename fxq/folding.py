@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxq.graph import attr, data_inputs, erase, kind, module_of, shape, swap_module
+from fxq.graph import attr, data_inputs, erase, float_module, kind, module_of, shape, swap_module
 from fxq.modules import WEIGHTED, conv_pads
 
 ARITHMETIC = ("add", "sub", "mul", "div")
@@ -131,7 +131,8 @@ def _layer_before(gm: GraphModule, affine: Affine) -> Node | str:
         if k not in ("permute", "reshape"):
             break
         if axis is not None:
-            axis = module_of(gm, node).dims[axis] if k == "permute" else _axis_before(node, axis)  # type: ignore[index]
+            op: Any = module_of(gm, node)
+            axis = op.dims[axis] if k == "permute" else _axis_before(node, axis)
             if axis is None:
                 return f"{node.name}, before it, mixes its channels with other axes"
         node = data_inputs(node)[0]
@@ -159,7 +160,7 @@ def _layer_behind(gm: GraphModule, node: Node, affine: Affine) -> Node | str:
     k = kind(gm, layer)
     if k not in ("conv", "linear"):
         return f"no conv or linear layer follows directly, but {k}"
-    conv: Any = module_of(gm, layer)
+    conv: Any = float_module(gm, layer)
     axis = len(shape(node)) - (1 if k == "linear" else conv.weight.ndim - 1)
     if affine.axis is not None and affine.axis != axis:
         return f"it runs along axis {affine.axis}, but {layer.name} takes its channels on axis {axis}"
@@ -170,7 +171,7 @@ def _layer_behind(gm: GraphModule, node: Node, affine: Affine) -> Node | str:
 
 
 def _has_hooks(gm: GraphModule, node: Node) -> str | None:
-    m = module_of(gm, node)
+    m = float_module(gm, node)
     if m._forward_hooks or m._forward_pre_hooks or not isinstance(m._parameters.get("weight", m), (nn.Parameter, type(None))):
         return f"{node.name} has forward hooks or computes its weight"
     return None
@@ -178,7 +179,7 @@ def _has_hooks(gm: GraphModule, node: Node) -> str | None:
 
 def channel_axis(gm: GraphModule, node: Node) -> int:
     """Axis of the output channels in a layer's output: of a linear layer the last, otherwise the one before the spatial ones."""
-    module: Any = module_of(gm, node)
+    module: Any = float_module(gm, node)
     if isinstance(module, nn.Linear):
         return len(shape(node)) - 1
     return 1 if kind(gm, node) == "batch_norm" else len(shape(node)) - module.weight.ndim + 1
@@ -192,8 +193,10 @@ def fold_back(layer: nn.Module, scale: Tensor, shift: Tensor) -> nn.Module:
         scale, shift: float64, one value or one per output channel.
     """
     old: Any = layer
+    scale, shift = (v.to(_device(layer)) for v in (scale, shift))
     if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-        like = torch.ones(layer.num_features) if layer.running_mean is None else layer.running_mean
+        like = old.weight if old.weight is not None else layer.running_mean
+        like = torch.ones(layer.num_features) if like is None else like.detach()
         weight = torch.ones_like(like) if old.weight is None else old.weight.detach()
         bias = torch.zeros_like(like) if old.bias is None else old.bias.detach()
         new: Any = _with(layer, weight, weight.double() * scale, bias.double() * scale + shift)
@@ -223,12 +226,16 @@ def fold_ahead(layer: nn.Module, scale: Tensor, shift: Tensor) -> nn.Module:
     w, groups = old.weight.detach(), getattr(old, "groups", 1)
     wide = w.double().reshape(groups, -1, *w.shape[1:])  # [groups, out/groups, in/groups, *kernel]
     per = (groups, 1, w.shape[1], *([1] * (w.ndim - 2)))
-    scale, shift = (v.expand(groups * w.shape[1]).reshape(per) for v in (scale, shift))
+    scale, shift = (v.to(w.device).expand(groups * w.shape[1]).reshape(per) for v in (scale, shift))
     weight = (wide * scale).reshape(w.shape)
     if old.bias is None and not bool(shift.any()):
         return _with(layer, w, weight, None)
     start = 0.0 if old.bias is None else old.bias.detach().double()
     return _with(layer, w, weight, (wide * shift).flatten(2).sum(2).reshape(-1) + start)
+
+
+def _device(layer: nn.Module) -> torch.device:
+    return next((t.device for t in (*layer.parameters(), *layer.buffers())), torch.device("cpu"))
 
 
 def _with(layer: nn.Module, like: Tensor, weight: Tensor, bias: Tensor | None) -> nn.Module:

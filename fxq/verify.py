@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 
 from torch.fx import GraphModule, Node
 
-from fxq.graph import data_inputs, grids, kind, module_of, walk
+from fxq import folding
+from fxq.graph import grids, module_of, walk
 from fxq.modules import WEIGHTED, FakeQuantize, Quantized
 
 Faults = Iterator[tuple[Node, str]]
@@ -36,11 +37,11 @@ def shapes_known(gm: GraphModule) -> Faults:
 
 
 def bn_folded(gm: GraphModule) -> Faults:
-    """No batch norm stands alone behind a conv, transposed conv or linear layer."""
+    """No batch norm is left that a layer before or behind it can take over."""
     for node, _ in walk(gm, "batch_norm"):
-        (source,) = data_inputs(node)
-        if kind(gm, source) in WEIGHTED and len(source.users) == 1:
-            yield node, f"it can be folded into {source.name}"
+        fold = folding.plan(gm, node)
+        if isinstance(fold, folding.Fold):
+            yield node, f"it can be folded into {fold.layer.name}"
 
 
 def annotated(gm: GraphModule) -> Faults:

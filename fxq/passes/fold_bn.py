@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from fxq import folding
 from fxq.graph import walk
@@ -28,12 +28,17 @@ class FoldBN(Pass):
     tolerance: ClassVar[float | None] = 1e-4
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
-        folded = 0
-        for node, k in walk(gm, "batch_norm", *folding.ARITHMETIC):
-            fold = folding.plan(gm, node)
-            if isinstance(fold, folding.Fold):
-                fold.apply(gm)
-                folded += 1
-            elif k == "batch_norm":
-                ctx.skip(node, fold)
+        folded, again = 0, True
+        left: dict[Node, str] = {}
+        while again:  # a map that a neighbour joined may fit where it did not fit before
+            again, left = False, {}
+            for node, k in walk(gm, "batch_norm", *folding.ARITHMETIC):
+                fold = folding.plan(gm, node)
+                if isinstance(fold, folding.Fold):
+                    fold.apply(gm)
+                    folded, again = folded + 1, True
+                elif k == "batch_norm":
+                    left[node] = fold
+        for node, why in left.items():
+            ctx.skip(node, why)
         return folded
