@@ -1,226 +1,215 @@
-"""The integer reference: integer-only arithmetic that equals ONNX Runtime's fused kernels on the same codes."""
+"""The integer reference: a converted graph on codes, equal to what ONNX Runtime's fused kernels give.
+
+Integer nodes run the kernels of :mod:`fxq.kernels`. Everything else is a *float island*: its torch module on dequantized float32
+values. Islands are not exact bit for bit (``exp``, ``erf`` and the order of sums differ by runtime); ``Reference.float_nodes`` lists them.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_map
 
+from fxq import kernels, numerics
 from fxq import modules as m
-from fxq import numerics
-from fxq.graph import data_inputs, kind, module_of
-from fxq.spec import QParams
-
-EXACT = float(1 << 24)
-F4 = np.float32
-MOVERS = ("max_pool", "reshape", "permute", "slice", "index_select", "resize", "pad", "getitem", "cat", "split")
+from fxq.graph import attr, kind, module_of
+from fxq.kernels import Codes
 
 
-class Codes:
-    """An integer tensor on its grid."""
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One fused kernel of the artifact.
 
-    def __init__(self, codes: Tensor, qp: QParams) -> None:
-        self.codes, self.qp = codes, qp
+    Attributes:
+        name: tensor of the file that holds the result: the fake-quantizer's path, or the float value's name.
+        kind: kind of the core node; ``quantize`` for a plain QuantizeLinear, ``requantize`` for a change of grids.
+        core: the node that the kernel stands for.
+        result: the node whose value it gives: the ``fake_quantize`` node, or the core itself (float output).
+        operands: nodes on grids and Python scalars, in the kernel's order; of ``quantize`` the float node.
+        module: the module that the kernel reads its constants from.
+        index: part of a split.
+    """
 
-    def centred(self) -> Tensor:
-        """Codes minus zero point, float32 (exact)."""
-        return self.codes.to(torch.float32) - float(self.qp.zero_point)
+    name: str
+    kind: str
+    core: Node
+    result: Node
+    operands: tuple[Node | float, ...]
+    module: nn.Module
+    index: int = 0
 
-    def real(self) -> Tensor:
-        """Dequantized float32 values."""
-        return numerics.dequantize(self.codes, self.qp)
+    @property
+    def gives_float(self) -> bool:
+        """The result has no grid."""
+        return self.result is self.core
+
+    @property
+    def path(self) -> str:
+        """Module path, or the node's name."""
+        return value_name(self.core)
 
 
-class Pending:
-    """An operation whose result is still an exact accumulator or waits for its output grid."""
-
-    def __init__(self, node: Node, args: tuple[Any, ...]) -> None:
-        self.node, self.args = node, args
+def value_name(node: Node) -> str:
+    """Name of a node's float value in the file: its module path or its own name."""
+    return str(node.target) if node.op in ("call_module", "get_attr", "placeholder") else node.name
 
 
-class Reference(Interpreter):
-    """Runs a converted graph on codes. ``watch`` collects the codes of every fake-quantizer by its path."""
+def plan(gm: GraphModule) -> list[Step]:
+    """The fused kernels of a converted graph, in order: one for each fake-quantizer and each integer node with float output."""
+    steps: list[Step] = []
+    for n in gm.graph.nodes:
+        k = kind(gm, n)
+        if k == "fake_quantize":
+            steps.append(_rounded(gm, n))
+        elif k in kernels.FLOAT_OUTPUT and _is_integer(gm, n, k) and not any(_is_grid(gm, u) for u in n.users):
+            steps.append(Step(value_name(n), k, n, n, tuple(n.args), module_of(gm, n)))
+    return steps
+
+
+def _rounded(gm: GraphModule, fq: Node) -> Step:
+    source, module, name = fq.all_input_nodes[0], module_of(gm, fq), str(fq.target)
+    k = kind(gm, source)
+    if k == "fake_quantize":
+        return Step(name, "requantize", fq, fq, (source,), module)
+    if len(source.users) == 1 and _is_integer(gm, source, k):
+        if k == "getitem":
+            split, index = source.args
+            assert isinstance(split, Node) and isinstance(index, int)
+            return Step(name, "split", source, fq, tuple(split.args), module_of(gm, split), index)  # type: ignore[arg-type]
+        return Step(name, k, source, fq, tuple(source.args), module_of(gm, source))  # type: ignore[arg-type]
+    return Step(name, "quantize", source, fq, (source,), module)
+
+
+def _is_grid(gm: GraphModule, n: Any) -> bool:
+    return isinstance(n, Node) and kind(gm, n) == "fake_quantize"
+
+
+def _is_integer(gm: GraphModule, n: Node, k: str) -> bool:
+    """The node reads grids only and has a kernel."""
+    if not n.meta.get("integer") or n.kwargs:
+        return False
+    if k == "getitem":
+        split = n.args[0]
+        return isinstance(split, Node) and kind(gm, split) == "split" and _is_grid(gm, split.args[0])
+    if k not in kernels.KERNELS or not all(_is_grid(gm, a) or isinstance(a, (int, float)) for a in n.args):
+        return False
+    module: Any = module_of(gm, n)
+    if k in m.WEIGHTED:
+        return isinstance(module, m.Quantized) and module.dynamic is None and (module.op.bias is None or module.bias_grid is not None)
+    if k == "resize":
+        return bool(module.mode.startswith("nearest"))
+    return k != "pad" or module.mode != "constant" or module.value == 0
+
+
+Observe = Callable[[Step, Any], Any]
+
+
+class Reference:
+    """Runs a converted graph on codes, on the CPU.
+
+    Attributes:
+        steps: the fused kernels, see :func:`plan`.
+        float_nodes: names of the nodes that run as float islands.
+    """
 
     def __init__(self, gm: GraphModule) -> None:
-        super().__init__(gm)
-        self.gm = gm
-        self.watch: dict[str, Tensor] = {}
+        on_cpu = all(t.device.type == "cpu" for t in [*gm.parameters(), *gm.buffers()])
+        self.gm = gm if on_cpu else copy.deepcopy(gm).cpu()
+        self.steps = plan(self.gm)
+        self._by_result = {s.result: s for s in self.steps}
+        self._inside = self._fused_nodes()
+        self._free = self._last_reads()
+        quiet = ("input", "output", "attr", "fake_quantize")
+        self.float_nodes = [
+            value_name(n) for n in self.gm.graph.nodes if n not in self._inside and n not in self._by_result and kind(self.gm, n) not in quiet
+        ]
+
+    def _fused_nodes(self) -> set[Node]:
+        inside = {s.core for s in self.steps if s.kind not in ("quantize", "requantize") and not s.gives_float}
+        inside |= {n for n in self.gm.graph.nodes if kind(self.gm, n) == "split" and n.users and all(u in inside for u in n.users)}
+        return inside
 
     def __call__(self, *inputs: Any) -> Any:
-        """Outputs of the model as dequantized float32 tensors."""
-        self.watch = {}
+        """Outputs of the model, its structure, as dequantized float32 tensors."""
+        return self.walk(inputs)
+
+    def run(self, *inputs: Any, watch: set[str] | None = None) -> dict[str, Tensor]:
+        """Codes of the fake-quantizers by path (float results by name); only those in ``watch`` when it is given."""
+        seen: dict[str, Tensor] = {}
+
+        def observe(step: Step, value: Any) -> None:
+            if watch is None or step.name in watch:
+                seen[step.name] = value.codes if isinstance(value, Codes) else value
+
+        self.walk(inputs, observe)
+        return seen
+
+    def walk(self, inputs: tuple[Any, ...], observe: Observe | None = None) -> Any:
+        """Run the graph; ``observe(step, value)`` sees every step's result and may return another value to go on with."""
+        env: dict[Node, Any] = {}
+        given = iter(inputs)
         with torch.inference_mode():
-            return torch.utils._pytree.tree_map(_float, self.run(*inputs))
+            for n in self.gm.graph.nodes:
+                if n in self._inside:
+                    continue
+                step = self._by_result.get(n)
+                if step is not None:
+                    value = self._kernel(step, env)
+                    other = observe(step, value) if observe is not None else None
+                    env[n] = value if other is None else other
+                elif n.op == "placeholder":
+                    env[n] = next(given)
+                elif n.op == "output":
+                    return tree_map(_real, map_arg(n.args[0], env.__getitem__))
+                else:
+                    env[n] = self._float(n, env)
+                for dead in self._free.get(n, ()):
+                    del env[dead]
+        raise AssertionError("a graph without output")
 
-    def run_node(self, n: Node) -> Any:
-        k = kind(self.gm, n)
-        if k in ("input", "attr", "output"):
-            return super().run_node(n)
-        args = self.map_nodes_to_values(n.args, n)
-        if k == "fake_quantize":
-            out = self.round(n, args[0])
-            self.watch[str(n.target)] = out.codes
-            return out
-        if n.meta.get("integer") and self._fused(n, k):
-            pending = Pending(n, args)
-            if k == "linear" and not self._rounded(n):
-                acc, scale = _accumulate(module_of(self.gm, n), args[0])  # type: ignore[arg-type]
-                return acc.to(torch.float32) * scale
-            if k in ("split", "getitem"):
-                return _move(module_of(self.gm, n) if k == "split" else None, n, args)
-            return pending
-        floats = torch.utils._pytree.tree_map(_float, args)
-        if n.op == "call_module":
-            return module_of(self.gm, n)(*floats)
-        return getattr(self, n.op)(n.target, floats, torch.utils._pytree.tree_map(_float, self.map_nodes_to_values(n.kwargs, n)))
+    def _last_reads(self) -> dict[Node, list[Node]]:
+        """Reader -> values that nobody reads after it. A fused core reads nothing in its own place; its step's result does."""
+        last: dict[Node, Node] = {}
+        for n in self.gm.graph.nodes:
+            step = self._by_result.get(n)
+            reads = [] if n in self._inside else n.all_input_nodes if step is None else [a for a in step.operands if isinstance(a, Node)]
+            last.update(dict.fromkeys(reads, n))
+        free: dict[Node, list[Node]] = {}
+        for value, reader in last.items():
+            free.setdefault(reader, []).append(value)
+        return free
 
-    def map_nodes_to_values(self, args: Any, n: Node) -> Any:
-        return torch.fx.node.map_arg(args, lambda a: self.env[a])
-
-    def _rounded(self, n: Node) -> bool:
-        return any(kind(self.gm, u) == "fake_quantize" for u in n.users)
-
-    def _fused(self, n: Node, k: str) -> bool:
-        return all(isinstance(self.env[a], (Codes, tuple)) for a in data_inputs(n)) and (k in KERNELS or k in MOVERS or k in m.WEIGHTED)
-
-    def round(self, n: Node, value: Any) -> Codes:
-        """Give a value its output grid: the epilogue of a fused kernel, or plain QuantizeLinear."""
-        fq = module_of(self.gm, n)
-        assert isinstance(fq, m.FakeQuantize)
+    def _kernel(self, step: Step, env: dict[Node, Any]) -> Any:
+        if step.gives_float:
+            return kernels.float_output(step.module, [env[a] for a in step.operands])  # type: ignore[index]
+        fq: Any = module_of(self.gm, step.result)
         qp = fq.qparams
-        if isinstance(value, Codes):
-            return value if value.qp.same_grid(qp) else Codes(numerics.quantize(value.real(), qp), qp)
-        if not isinstance(value, Pending):
-            return Codes(numerics.quantize(_float(value), qp), qp)
-        node, args = value.node, value.args
-        module, k = module_of(self.gm, node), kind(self.gm, node)
-        if k in m.WEIGHTED:
-            acc, scale = _accumulate(module, args[0])  # type: ignore[arg-type]
-            real = acc.to(torch.float32).numpy() * (scale / qp.scale).numpy()
-            return Codes(torch.from_numpy(numerics.requantize(real, qp.spec, int(qp.zero_point))), qp)
-        if k in MOVERS:
-            return Codes(_requantized(_move(module, node, args), qp), qp)
-        operands = [a if isinstance(a, Codes) else _scalar(a, qp) for a in args]
-        return Codes(KERNELS[k](module, operands, qp), qp)
+        if step.kind in ("quantize", "requantize"):
+            value = env[step.operands[0]]  # type: ignore[index]
+            return Codes(value.onto(qp) if isinstance(value, Codes) else numerics.quantize(value, qp), qp)
+        xs = [env[a] if isinstance(a, Node) else kernels.constant(a, qp) for a in step.operands]
+        if step.kind == "split":
+            return Codes(kernels.part(step.module, step.index, xs[0], qp), qp)
+        return Codes(kernels.KERNELS[step.kind](step.module, xs, qp), qp)
+
+    def _float(self, n: Node, env: dict[Node, Any]) -> Any:
+        """A float island's node, in torch on dequantized values."""
+        if n.op == "get_attr":
+            return attr(self.gm, n)
+        args, kwargs = (tree_map(_real, map_arg(v, env.__getitem__)) for v in (n.args, n.kwargs))
+        if n.op == "call_module":
+            return module_of(self.gm, n)(*args, **kwargs)
+        if n.op == "call_method":
+            return getattr(args[0], str(n.target))(*args[1:], **kwargs)
+        return n.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _float(v: Any) -> Any:
+def _real(v: Any) -> Any:
     return v.real() if isinstance(v, Codes) else v
-
-
-def _scalar(value: float, qp: QParams) -> Codes:
-    v = torch.tensor(float(value))
-    grid = numerics.choose_qparams(v, v, qp.spec)
-    return Codes(numerics.quantize(v, grid), grid)
-
-
-def _accumulate(module: m.Quantized, x: Codes) -> tuple[Tensor, Tensor]:
-    """Exact integer sums (with bias) of a weighted layer and the float32 scale ``fl(s_x * s_w)``, broadcastable."""
-    op, wq = module.op, module.weight_grid.qparams
-    w = module.weight_codes().to(torch.float32) - numerics.along(wq.zero_point.to(torch.float32), wq.spec.axis, op.weight.ndim)  # type: ignore[arg-type]
-    a = x.centred()
-    top = max(abs(x.qp.spec.qmin - int(x.qp.zero_point)), abs(x.qp.spec.qmax - int(x.qp.zero_point)))
-    dims = tuple(range(1, w.ndim))
-    dtype = torch.float32 if float(w.abs().sum(dims).max()) * top < EXACT else torch.float64
-    acc = m.call_with(op, a.to(dtype), w.to(dtype), None).to(torch.int64)
-    shape = [1] * acc.ndim
-    shape[-1 if isinstance(op, nn.Linear) else 1] = -1
-    bias = module.bias_codes()
-    if bias is not None:
-        acc = acc + bias.to(torch.int64).reshape(shape)
-    scale = x.qp.scale * wq.scale
-    return acc, scale.reshape(shape) if scale.ndim else scale
-
-
-def _move(module: nn.Module | None, node: Node, args: tuple[Any, ...]) -> Any:
-    """Movers work on codes; a list of Codes for a concatenation, padding writes the zero point."""
-    if module is None:
-        return args[0][args[1]]
-    if isinstance(module, m.Cat):
-        return list(args), module.dim
-    x: Codes = args[0]
-    if isinstance(module, m.Pad):
-        out = torch.nn.functional.pad(x.codes, module.pads, "constant", int(x.qp.zero_point))
-        return Codes(out, x.qp)
-    if isinstance(module, m.Split):
-        return tuple(Codes(p, x.qp) for p in module(x.codes))
-    return Codes(module(x.codes.to(torch.float32)).to(x.codes.dtype), x.qp)
-
-
-def _requantized(value: Any, qp: QParams) -> Tensor:
-    if isinstance(value, Codes):
-        return value.codes if value.qp.same_grid(qp) else numerics.quantize(value.real(), qp)
-    parts, dim = value
-    return torch.cat([p.codes if p.qp.same_grid(qp) else numerics.quantize(p.real(), qp) for p in parts], dim)
-
-
-def _fma(r: Any, x: Any, c: Any) -> Any:
-    """``r*x + c`` with one rounding to float32 (the product of a float32 and a code is exact in float64)."""
-    return (np.float64(r) * np.asarray(x, np.float64) + np.asarray(c, np.float64)).astype(F4)
-
-
-def _clip(real: Any, qp: QParams) -> Tensor:
-    dtype = np.int8 if qp.spec.qmin < 0 else np.uint8
-    return torch.from_numpy(np.clip(np.rint(real), qp.spec.qmin, qp.spec.qmax).astype(dtype))
-
-
-def _add(module: nn.Module, xs: list[Codes], qp: QParams) -> Tensor:
-    a, b = xs
-    if b.codes.numel() == 1 < a.codes.numel() and a.codes.shape[-1] == 1:
-        a, b = b, a  # measured: the runtime takes a scalar operand first when the last dimension is 1; the roundings follow
-    sc = F4(qp.scale)
-    ra, rb = F4(a.qp.scale) / sc, F4(b.qp.scale) / sc
-    fixed = F4(int(qp.zero_point)) - _fma(ra, F4(int(a.qp.zero_point)), rb * F4(int(b.qp.zero_point)))
-    return _clip(_fma(ra, a.codes.numpy(), _fma(rb, b.codes.numpy(), fixed)), qp)
-
-
-def _mul(module: nn.Module, xs: list[Codes], qp: QParams) -> Tensor:
-    a, b = xs
-    product = (a.centred() * b.centred()).numpy()
-    return _clip(product * (F4(F4(a.qp.scale) * F4(b.qp.scale)) / F4(qp.scale)) + F4(int(qp.zero_point)), qp)
-
-
-def _table(fn: Callable[[Any], Any], x: Codes, qp: QParams) -> Tensor:
-    """A pointwise function as a table over all codes, as the runtime builds it."""
-    codes = np.arange(x.qp.spec.qmin, x.qp.spec.qmax + 1)
-    real = (codes.astype(F4) - F4(int(x.qp.zero_point))) * F4(x.qp.scale)
-    table = np.clip(np.rint(fn(real).astype(F4) / F4(qp.scale)) + int(qp.zero_point), qp.spec.qmin, qp.spec.qmax)
-    return torch.from_numpy(table)[x.codes.long() - x.qp.spec.qmin].to(qp.spec.dtype)
-
-
-def _sigmoid(module: nn.Module, xs: list[Codes], qp: QParams) -> Tensor:
-    return _table(lambda t: 1 / (1 + np.exp(-t.astype(np.float64))), xs[0], qp)
-
-
-def _leaky(module: nn.Module, xs: list[Codes], qp: QParams) -> Tensor:
-    slope = F4(getattr(module, "negative_slope", 0.0))
-    return _table(lambda t: np.where(t >= 0, t, slope * t), xs[0], qp)
-
-
-def _hardsigmoid(module: nn.Module, xs: list[Codes], qp: QParams) -> Tensor:
-    wide = QParams(qp.spec, qp.scale * 6.0, qp.zero_point)
-    return _add(module, [xs[0], _scalar(3.0, wide)], wide)
-
-
-def _global_avg_pool(module: nn.Module, xs: list[Codes], qp: QParams) -> Tensor:
-    x = xs[0]
-    dims = tuple(range(2, x.codes.ndim))
-    n = int(np.prod([x.codes.shape[d] for d in dims]))
-    acc = (x.codes.to(torch.int64) - int(x.qp.zero_point)).sum(dims, keepdim=True)
-    real = acc.to(torch.float32).numpy() * (F4(x.qp.scale) / F4(F4(qp.scale) * F4(n)))
-    return torch.from_numpy(numerics.requantize(real, qp.spec, int(qp.zero_point)))
-
-
-KERNELS: dict[str, Callable[[nn.Module, list[Codes], QParams], Tensor]] = {
-    "add": _add,
-    "mul": _mul,
-    "sigmoid": _sigmoid,
-    "leaky_relu": _leaky,
-    "relu": _leaky,
-    "hardsigmoid": _hardsigmoid,
-    "global_avg_pool": _global_avg_pool,
-}
