@@ -20,11 +20,38 @@ import fxq
 from fxq.errors import FxqError
 
 FIXED = {"vit": 224, "swin": 224, "maxvit": 224, "inception": 128}
-TIMM = (
-    "resnet18 mobilenetv3_small_050 efficientnet_b0 tf_efficientnet_lite0 regnety_002 convnext_atto vit_tiny_patch16_224 deit_tiny_patch16_224 swin_tiny_patch4_window7_224 "
-    "mixer_s32_224 resmlp_12_224 ghostnet_050 hrnet_w18_small dla34 ese_vovnet19b_dw repvgg_a0 nf_resnet26 levit_128s efficientformer_l1 mobilevit_xxs poolformer_s12 edgenext_xx_small "
-    "mobileone_s0 hgnetv2_b0 rexnet_100 tinynet_e lcnet_050 mnasnet_small fbnetc_100 densenet121"
-).split()
+TIMM = [
+    "resnet18",
+    "mobilenetv3_small_050",
+    "efficientnet_b0",
+    "tf_efficientnet_lite0",
+    "regnety_002",
+    "convnext_atto",
+    "vit_tiny_patch16_224",
+    "deit_tiny_patch16_224",
+    "swin_tiny_patch4_window7_224",
+    "mixer_s32_224",
+    "resmlp_12_224",
+    "ghostnet_050",
+    "hrnet_w18_small",
+    "dla34",
+    "ese_vovnet19b_dw",
+    "repvgg_a0",
+    "nf_resnet26",
+    "levit_128s",
+    "efficientformer_l1",
+    "mobilevit_xxs",
+    "poolformer_s12",
+    "edgenext_xx_small",
+    "mobileone_s0",
+    "hgnetv2_b0",
+    "rexnet_100",
+    "tinynet_e",
+    "lcnet_050",
+    "mnasnet_small",
+    "fbnetc_100",
+    "densenet121",
+]
 
 
 def example(name: str, batch: int = 2) -> tuple[Any, ...]:

@@ -22,10 +22,23 @@ from torch import nn
 
 import fxq
 
-NETS = (
-    "resnet18 resnet50 mobilenet_v2 mobilenet_v3_small efficientnet_b0 densenet121 googlenet squeezenet1_1 shufflenet_v2_x1_0 "
-    "regnet_y_400mf vgg11_bn inception_v3 convnext_tiny vit_b_16 swin_t"
-).split()
+NETS = [
+    "resnet18",
+    "resnet50",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "efficientnet_b0",
+    "densenet121",
+    "googlenet",
+    "squeezenet1_1",
+    "shufflenet_v2_x1_0",
+    "regnet_y_400mf",
+    "vgg11_bn",
+    "inception_v3",
+    "convnext_tiny",
+    "vit_b_16",
+    "swin_t",
+]
 
 
 def size_of(name: str) -> int:
@@ -115,10 +128,14 @@ def main() -> None:
             start = time.perf_counter()
             table.put(name, measure(name, a, Path(folder)) | {"s": round(time.perf_counter() - start)})
         gc.collect()
-    summary = ["columns t<threads> b<batch>: fp32/static, fp32/fxq, static/fxq; OpenVINO: fp32 ORT over OpenVINO on fxq's file, over OpenVINO bf16 on the fp32 file"]
+    summary = [
+        "columns t<threads> b<batch>: fp32/static, fp32/fxq, static/fxq; OpenVINO: fp32 ORT over OpenVINO on fxq's file, over OpenVINO bf16 on the fp32 file"
+    ]
     for tag in dict.fromkeys(c for r in table.rows.values() for c in r if c.startswith("t") and c.count(" ") == 1):
         ratios = [float(r[tag].split(" / ")[2]) for r in table.rows.values() if tag in r]
-        summary.append(f"{tag}: geometric mean static/fxq {math.exp(sum(map(math.log, ratios)) / len(ratios)):.3f}, least {min(ratios):.3f} over {len(ratios)} nets")
+        summary.append(
+            f"{tag}: geometric mean static/fxq {math.exp(sum(map(math.log, ratios)) / len(ratios)):.3f}, least {min(ratios):.3f} over {len(ratios)} nets"
+        )
     table.write(summary)
 
 

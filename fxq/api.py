@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from fxq import graph, schemes, targets
 from fxq.calibration import Batches
-from fxq.errors import CalibrationError, FxqError, SchemeError, TargetError, nearest
+from fxq.errors import CalibrationError, FxqError, LoweringError, SchemeError, TargetError, nearest
 from fxq.lowering import Artifact, Lowering
 from fxq.passes.annotate import Annotate
 from fxq.passes.calibrate import Calibrate
@@ -26,7 +26,7 @@ from fxq.passes.propagate_shapes import PropagateShapes
 from fxq.passes.share_qparams import ShareQParams
 from fxq.pipeline import Pass, PassContext, Pipeline, Progress, no_progress
 from fxq.schemes import Scheme
-from fxq.snapshot import History, take
+from fxq.snapshot import History, Skip, take
 from fxq.targets import Target
 from fxq.trace import Captured, capture
 
@@ -80,18 +80,29 @@ class CompiledModel(nn.Module):
         history: every pass with its graph text.
         scheme, target: what it was compiled for.
         captured: how the model was captured (rung, notes, what it is specialised to).
+        parts: of a model that could only be captured in parts: module path -> CompiledModel; otherwise empty.
     """
 
-    def __init__(self, root: GraphModule, captured: Captured, history: History, scheme: Scheme, target: Target) -> None:
+    def __init__(self, root: nn.Module, captured: Captured, history: History, scheme: Scheme, target: Target) -> None:
         super().__init__()
         self.root = root
         self.captured, self.history, self.scheme, self.target = captured, history, scheme, target
+        self.parts: dict[str, CompiledModel] = {}
         self._reference: Any = None
         self.eval()
 
     @property
     def graph_module(self) -> GraphModule:
-        """The compiled FX graph."""
+        """The compiled FX graph.
+
+        Raises:
+            LoweringError: when the model was captured in parts and has no single graph.
+        """
+        if not isinstance(self.root, GraphModule):
+            raise LoweringError(
+                f"the model was captured in {len(self.parts)} parts and has no single graph",
+                way_out="Use one part, m.parts[path]; the paths are " + ", ".join(self.parts),
+            )
         return self.root
 
     def forward(self, *args: Any) -> Any:
@@ -192,16 +203,67 @@ def compile(  # noqa: A001 - the name that torch users expect
         raise CalibrationError("the shapes are not known", way_out="Pass example= with one batch of inputs, or calibration=")
     report = progress or no_progress
     start = time.perf_counter()
-    example_few = tuple(x[:2] if isinstance(x, torch.Tensor) and x.ndim else x for x in data.example)
-    captured = capture(model, example_few, leaf_modules=tuple(leaf_modules))
+    few = tuple(x[:2] if isinstance(x, torch.Tensor) and x.ndim else x for x in data.example)
+    captured = capture(model, few, leaf_modules=tuple(leaf_modules))
     ms = (time.perf_counter() - start) * 1e3
-    gm = captured.gm
-    ctx = PassContext(sch, tgt, example_few, data, tuple(skip), report)
-    for note in captured.specialised:
-        ctx.skip("capture", "specialised: " + note)
-    history = History([take(gm, "trace", ms=ms, skips=tuple(ctx.skips))])
-    pipeline_for(sch, observer).run(gm, ctx, history)
-    return CompiledModel(gm, captured, history, sch, tgt)
+    notes = tuple(captured.specialised)
+    if captured.gm is None:
+        return _compile_parts(captured, sch, tgt, data, tuple(skip), observer, report, ms)
+    history = History([take(captured.gm, "trace", ms=ms, skips=tuple(Skip("capture", f"specialised: {n}") for n in notes))])
+    ctx = PassContext(sch, tgt, few, data, tuple(skip), report)
+    pipeline_for(sch, observer).run(captured.gm, ctx, history)
+    return CompiledModel(captured.gm, captured, history, sch, tgt)
+
+
+def _compile_parts(
+    captured: Captured,
+    sch: Scheme,
+    tgt: Target,
+    data: Iterable[tuple[Any, ...]],
+    skip: tuple[str, ...],
+    observer: str | None,
+    progress: Progress,
+    ms: float,
+) -> CompiledModel:
+    """Compile each captured submodule on the inputs it sees inside the float model, then put it in its place."""
+    root = captured.root
+    static = sch.method == "static"
+    seen = _record_inputs(root, list(captured.parts), data) if static else {}
+    model = CompiledModel(root, captured, History(), sch, tgt)
+    for path, (gm, example) in captured.parts.items():
+        inner = tuple(p.removeprefix(f"{path}.") for p in skip)
+        history = History([take(gm, "trace", ms=ms)])
+        ctx = PassContext(sch, tgt, example, seen.get(path), inner, progress)
+        try:
+            pipeline_for(sch, observer).run(gm, ctx, history)
+        except FxqError as e:
+            raise type(e)(e.fact, where=f"{path} / {e.where}" if e.where else path, way_out=e.way_out) from e
+        part = CompiledModel(gm, captured, history, sch, tgt)
+        model.parts[path] = part
+        model.history.snapshots += [replace(s, name=f"{path}/{s.name}") for s in history]
+    for path, part in model.parts.items():
+        root.set_submodule(path, part.root)
+    return model
+
+
+def _record_inputs(root: nn.Module, paths: list[str], data: Iterable[tuple[Any, ...]]) -> dict[str, list[tuple[Any, ...]]]:
+    """Inputs of each submodule over one pass of the float model; a module that is called twice records both calls."""
+    seen: dict[str, list[tuple[Any, ...]]] = {p: [] for p in paths}
+    handles = []
+    for path in paths:
+
+        def hook(module: nn.Module, args: tuple[Any, ...], path: str = path) -> None:
+            seen[path].append(args)
+
+        handles.append(root.get_submodule(path).register_forward_pre_hook(hook))
+    try:
+        with torch.inference_mode():
+            for batch in data:
+                root(*batch)
+    finally:
+        for h in handles:
+            h.remove()
+    return seen
 
 
 def _check_model(model: nn.Module) -> None:

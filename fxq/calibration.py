@@ -76,6 +76,8 @@ class Batches:
         return tuple(self._tensor(v, i) for v in values)
 
     def _tensor(self, v: Any, i: int) -> Any:
+        if isinstance(v, (list, tuple)):
+            return [self._tensor(x, i) for x in v]
         if isinstance(v, np.ndarray):
             v = torch.from_numpy(v)
         if not isinstance(v, torch.Tensor):
