@@ -59,9 +59,17 @@ def cut(w: Writer, node: Node, module: nn.Module) -> str:
 
 
 def split(w: Writer, node: Node, module: nn.Module) -> str:
+    """Split; with a part that nobody reads Slices of the others, because the runtime fuses a Split only if each part has its Q."""
     op: Any = module
-    out = w.out(node)
-    w.multi("Split", [w.input(node), w.ints(f"{out}/sizes", op.sizes)], [f"{out}/{i}" for i in range(len(op.sizes))], out, axis=op.dim)
+    out, count = w.out(node), len(op.sizes)
+    read = {int(u.args[1]) % count for u in node.users}  # type: ignore[arg-type]
+    if len(read) == count:
+        w.multi("Split", [w.input(node), w.ints(f"{out}/sizes", op.sizes)], [f"{out}/{i}" for i in range(count)], out, axis=op.dim)
+        return out
+    for i in sorted(read):
+        begin = sum(op.sizes[:i])
+        bounds = {"begin": begin, "end": begin + op.sizes[i], "axis": op.dim}
+        w.op("Slice", [w.input(node), *(w.ints(f"{out}/{i}/{k}", [v]) for k, v in bounds.items())], f"{out}/{i}")
     return out
 
 
@@ -182,9 +190,9 @@ def resize(w: Writer, node: Node, module: nn.Module) -> str:
 
 
 def _ratio(size: int, wanted: int) -> np.float32:
-    """The least float32 scale at or above ``wanted / size`` whose product, rounded down, gives ``wanted``."""
+    """The least float32 scale whose product with ``size`` is not below ``wanted``: rounded down it gives ``wanted``."""
     ratio = np.float32(wanted / size)
-    while int(np.floor(np.float32(size) * ratio)) < wanted:
+    while size * float(ratio) < wanted:
         ratio = np.nextafter(ratio, np.float32(np.inf))
     return ratio
 

@@ -6,7 +6,6 @@ from collections import Counter
 from typing import Any, ClassVar
 
 from onnx import helper
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxq import numerics
@@ -55,7 +54,8 @@ class OnnxQdq(Lowering):
                 issues.extend(_output_faults(node.args[0]))
             if node.op == "call_module" and isinstance(module_of(gm, node), Quantized) and refusal(gm, node) is not None:
                 issues.append(Issue(node.name, str(refusal(gm, node)), "Leave the layer float with skip="))
-        size = sum(p.numel() * _width(gm, p) for p in {id(p): p for p in gm.parameters()}.values())
+        widths = {id(q.op.weight): q.weight_grid.spec.bits / 8 for q in gm.modules() if isinstance(q, Quantized)}
+        size = sum(p.numel() * widths.get(id(p), p.element_size()) for p in gm.parameters())
         if size > MAX_BYTES:
             issues.append(Issue("file", f"the weights take {size / 2**30:.1f} GiB, an ONNX file holds 2", "Quantize more layers, or split the model"))
         return issues
@@ -116,11 +116,17 @@ def _foreign(gm: GraphModule, node: Node) -> bool:
     if k in ("input", "output", "attr", "fake_quantize"):
         return False
     if k == "getitem":
-        source = node.args[0]
-        return not (isinstance(source, Node) and kind(gm, source) == "split" and isinstance(node.args[1], int))
+        return not (isinstance(node.args[0], Node) and _parted(gm, node.args[0]))
+    if k == "split" and not _parted(gm, node):
+        return True
     if node.op == "call_module" and isinstance(module_of(gm, node), Quantized):
         return False
     return k not in EMITTERS or refusal(gm, node) is not None
+
+
+def _parted(gm: GraphModule, node: Node) -> bool:
+    """Is it a split whose readers each take one part?"""
+    return kind(gm, node) == "split" and all(kind(gm, u) == "getitem" and isinstance(u.args[1], int) for u in node.users)
 
 
 def _emit(w: Writer, node: Node) -> None:
@@ -184,12 +190,3 @@ def _output(w: Writer, name: str, node: Node) -> Any:
     """A graph output with its own name (the runtime removes the Identity)."""
     w.op("Identity", [w.name(node)], name)
     return _info(name, node)
-
-
-def _width(gm: GraphModule, p: Tensor) -> float:
-    """Bytes that an element of ``p`` takes in the file."""
-    return _widths(gm).get(id(p), p.element_size())
-
-
-def _widths(gm: GraphModule) -> dict[int, float]:
-    return {id(q.op.weight): q.weight_grid.spec.bits / 8 for q in gm.modules() if isinstance(q, Quantized)}

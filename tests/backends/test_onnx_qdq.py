@@ -1,0 +1,353 @@
+"""The ONNX writer: names, integer forms as ONNX Runtime fuses them, islands, refusals, sessions."""
+
+import importlib.util
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxq
+from fxq import modules as m
+from fxq import schemes, targets
+from fxq.backends.onnx_qdq import OnnxQdq
+from fxq.backends.onnxruntime import run, session
+from fxq.errors import ArtifactError, LoweringError
+from fxq.lowering import Artifact
+
+_spec: Any = importlib.util.spec_from_file_location("helpers", Path(__file__).parents[1] / "helpers.py")
+h: Any = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(h)
+
+
+def lower(model: nn.Module, *inputs: Tensor) -> Artifact:
+    """Artifact of a float module that consists of canonical modules; checked by onnx."""
+    artifact = OnnxQdq().lower(h.canonical(h.randomize(model), *inputs), schemes.get("float"), targets.get("onnxruntime"))
+    onnx.checker.check_model(onnx.load_from_string(artifact.data), full_check=True)
+    return artifact
+
+
+def same(model: nn.Module, *inputs: Tensor, atol: float = 2e-5) -> Artifact:
+    """Lower on the example and compare with torch on it and on another batch size."""
+    artifact = lower(model, *inputs)
+    opened = session(artifact.data)
+    names = [i.name for i in opened.get_inputs()]
+    for batch in (inputs, tuple(torch.cat([x, x, x[:1]]) for x in inputs)):
+        with torch.no_grad():
+            want = model(*batch)
+        got = run(opened, dict(zip(names, batch, strict=True)))
+        for a, b in zip(want if isinstance(want, tuple) else (want,), got, strict=True):
+            assert a.dtype == torch.from_numpy(b).dtype
+            torch.testing.assert_close(torch.from_numpy(b), a, atol=atol, rtol=1e-4, equal_nan=True)
+    return artifact
+
+
+def rand(*sizes: int) -> Tensor:
+    return torch.randn(*sizes, generator=torch.Generator().manual_seed(sum(sizes)))
+
+
+class Parts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.split, self.x = m.Split((1, 3), 1), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Any:
+        a, b = self.split(self.x(x))
+        return {"out": a, "aux": {"deep": b}}
+
+
+def test_names_types_and_metadata() -> None:
+    artifact = lower(Parts(), rand(2, 4))
+    model = onnx.load_from_string(artifact.data)
+    assert [i.name for i in model.graph.input] == ["x"] and [o.name for o in model.graph.output] == ["out", "aux_deep"]
+    assert [d.dim_param or d.dim_value for d in model.graph.output[1].type.tensor_type.shape.dim] == ["batch", 3]
+    assert [(n.name, n.op_type) for n in model.graph.node] == [("x_", "Relu"), ("split", "Split"), ("out", "Identity"), ("aux_deep", "Identity")]
+    assert (model.opset_import[0].version, model.ir_version, model.producer_name) == (21, 10, "fxq")
+    assert {p.key: p.value for p in model.metadata_props} == {"fxq.scheme": "float", "fxq.target": "onnxruntime", "fxq.version": fxq.__version__}
+    a, b = run(session(artifact.data), {"x": rand(3, 4)})
+    np.testing.assert_array_equal(np.concatenate([a, b], 1), F.relu(rand(3, 4)).numpy())
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x))
+
+
+def test_a_shared_weight_is_stored_once() -> None:
+    model = onnx.load_from_string(same(Shared(), rand(2, 64)).data)
+    assert [t.name for t in model.graph.initializer] == ["a/weight", "a/bias", "b/bias"]
+
+
+# ---- integer forms: what ONNX Runtime makes of the file
+
+
+def fused(data: bytes, folder: Path, level: str = "all") -> Counter[str]:
+    """Operations of the optimized model, by type; the runtime's layout changes left out."""
+    session(data, level, save_optimized=folder / "o.onnx")
+    ops = Counter(n.op_type for n in onnx.load(folder / "o.onnx").graph.node)
+    ops.pop("Transpose", None)
+    return ops
+
+
+def steps(net: nn.Module, x: Tensor, scheme: str = "iao_w8a8") -> tuple[Artifact, float]:
+    """Artifact of a compiled net, and its greatest distance from the simulator relative to the output's magnitude."""
+    torch.manual_seed(0)
+    c = fxq.compile(h.randomize(net), scheme, calibration=[x])
+    artifact = c.lower()
+    onnx.checker.check_model(onnx.load_from_string(artifact.data), full_check=True)
+    opened = session(artifact.data, float_matmul=True)
+    (got,) = run(opened, {opened.get_inputs()[0].name: x[:3]})
+    with torch.no_grad():
+        want = c(x[:3]).numpy()
+    assert got.shape == want.shape
+    return artifact, float(np.abs(got - want).max() / np.abs(want).max())
+
+
+class Between(nn.Module):
+    """conv, some function, conv."""
+
+    def __init__(self, fn: Callable[[Tensor], Tensor], middle: int = 8, conv: Any = nn.Conv2d) -> None:
+        super().__init__()
+        self.fn, self.a, self.b = fn, conv(3, 8, 1), conv(middle, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.fn(self.a(x)))
+
+
+def swapped(parts: Any) -> Tensor:
+    return torch.cat([parts[1], parts[0]], 1)
+
+
+MOVERS: dict[str, tuple[nn.Module, dict[str, int]]] = {
+    "max_pool": (Between(lambda y: F.max_pool2d(y, 2)), {"NhwcMaxPool": 1}),
+    "slice channels": (Between(lambda y: y[:, 2:6], 4), {"Slice": 1}),
+    "slice stride": (Between(lambda y: y[:, :, ::2, ::2]), {"Slice": 1}),
+    "pad channels": (Between(lambda y: F.pad(y, (0, 0, 0, 0, 4, 4)), 16), {"Pad": 1}),
+    "nearest": (Between(lambda y: F.interpolate(y, scale_factor=2)), {"Resize": 1}),
+    "reshape": (Between(lambda y: y.reshape(-1, 8, 4, 64)), {"Reshape": 1}),
+    "permute": (Between(lambda y: y.transpose(2, 3)), {}),
+    "split": (Between(lambda y: swapped(y.split([2, 6], 1))), {"Split": 1, "QLinearConcat": 1}),
+    "part of a split": (Between(lambda y: y.chunk(4, 1)[2], 2), {"Slice": 1}),
+    "cat": (Between(lambda y: torch.cat([y, F.relu(y)], 1), 16), {"QLinearConcat": 1, "QLinearLeakyRelu": 1}),
+    "global_avg_pool": (Between(lambda y: F.adaptive_avg_pool2d(y, 1)), {"QLinearGlobalAveragePool": 1}),
+    "silu": (Between(F.silu), {"QLinearSigmoid": 1, "QLinearMul": 1}),
+    "hardswish": (Between(F.hardswish), {"QLinearAdd": 1, "QLinearMul": 1}),
+    "constants": (Between(lambda y: F.relu(y + 0.3) * y), {"QLinearAdd": 1, "QLinearMul": 1}),
+}
+
+
+@pytest.mark.parametrize("name", MOVERS)
+def test_operation_between_convs_runs_in_integers(name: str, tmp_path: Path) -> None:
+    net, extra = MOVERS[name]
+    artifact, off = steps(net, rand(4, 3, 16, 16))
+    assert fused(artifact.data, tmp_path) == {"QuantizeLinear": 1, "QLinearConv": 2, "DequantizeLinear": 1, **extra}
+    assert off < 0.03
+
+
+@pytest.mark.parametrize("conv,sizes", [(nn.Conv1d, (4, 3, 16)), (nn.Conv3d, (4, 3, 6, 6, 6))])
+def test_convs_of_other_ranks_run_in_integers(conv: Any, sizes: tuple[int, ...], tmp_path: Path) -> None:
+    artifact, off = steps(Between(F.relu, conv=conv), rand(*sizes))
+    assert fused(artifact.data, tmp_path) == {"QuantizeLinear": 1, "QLinearConv": 2, "DequantizeLinear": 1} and off < 0.03
+
+
+def test_padding_with_the_images_own_values_runs_on_codes(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1, padding_mode="circular"))
+    artifact, off = steps(net, rand(4, 3, 8, 8))
+    assert fused(artifact.data, tmp_path) == {"QuantizeLinear": 1, "QLinearConv": 2, "DequantizeLinear": 1, "Pad": 2} and off < 0.03
+
+
+class Residual(nn.Module):
+    """CIFAR ResNet with option-A shortcut: strided slice and zero channels; a 3-d linear layer at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn, self.down, self.up = nn.Conv2d(3, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 16, 3, 2, 1), nn.Conv2d(16, 16, 1)
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn(self.stem(x)))
+        y = F.relu(self.down(y) + F.pad(y[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4)))
+        return self.fc(F.adaptive_avg_pool2d(F.relu(self.up(y)), 1).flatten(1))
+
+
+@pytest.mark.parametrize("scheme", ["iao_w8a8", "iao_w8a8_pt", "iao_w8a8_asymw", "iao_w4a8"])
+def test_a_residual_net_is_left_with_one_q(scheme: str, tmp_path: Path) -> None:
+    artifact, off = steps(Residual(), rand(4, 3, 16, 16), scheme)
+    want = {"QuantizeLinear": 1, "QLinearConv": 3, "Slice": 1, "Pad": 1, "QLinearAdd": 1, "QLinearGlobalAveragePool": 1, "Reshape": 1, "QGemm": 1}
+    ops = fused(artifact.data, tmp_path)
+    assert {k: v for k, v in ops.items() if k not in ("Squeeze", "Flatten")} == want and off < 0.03
+    assert artifact.info["float_ops"] == [] and artifact.info["islands"] == []
+
+
+def test_int4_weights_take_half_the_bytes() -> None:
+    sizes = {s: steps(nn.Sequential(nn.Conv2d(3, 64, 3), nn.Conv2d(64, 64, 3)), rand(4, 3, 8, 8), s)[0] for s in ("iao_w8a8", "iao_w4a8")}
+    weights = {s: {t.name: t for t in onnx.load_from_string(a.data).graph.initializer} for s, a in sizes.items()}
+    assert len(weights["iao_w4a8"]["1/weight_q4"].raw_data) * 2 == len(weights["iao_w8a8"]["1/weight_q"].raw_data) == 64 * 64 * 9
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.act = nn.Linear(32, 64), nn.Linear(64, 32), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.act(self.a(x)))
+
+
+@pytest.mark.parametrize("sizes", [(4, 32), (4, 5, 32), (4, 2, 3, 32)])
+def test_linear_layers_run_as_qgemm(sizes: tuple[int, ...], tmp_path: Path) -> None:
+    artifact, off = steps(Tokens(), rand(*sizes))
+    ops = fused(artifact.data, tmp_path)
+    assert ops["QGemm"] == 2 and not {"Gemm", "MatMul", "DequantizeLinear"} & set(ops) and ops["QuantizeLinear"] == 1 and off < 0.03
+
+
+def test_dynamic_linear_layers_fuse_and_equal_the_simulator(tmp_path: Path) -> None:
+    artifact, off = steps(Tokens(), rand(4, 5, 32), "dynamic_w8")
+    assert fused(artifact.data, tmp_path) == {"DynamicQuantizeMatMul": 2, "Relu": 1} and off < 1e-5
+
+
+def test_weight_only_linear_layers_become_matmulnbits(tmp_path: Path) -> None:
+    artifact, off = steps(Tokens(), rand(4, 5, 32), "weight_only_w8")
+    assert fused(artifact.data, tmp_path) == {"MatMulNBits": 2, "Relu": 1} and off < 1e-5
+    names = {t.name for t in onnx.load_from_string(artifact.data).graph.initializer}
+    assert names == {f"{n}/{t}" for n in "ab" for t in ("weight_q", "weight_scale", "weight_zero", "bias")}
+
+
+def test_weight_only_convs_hold_bytes_and_compute_in_float(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.ConvTranspose2d(64, 16, 2, 2))
+    artifact, off = steps(net, rand(4, 3, 8, 8), "weight_only_w8")
+    assert off < 1e-5 and not {"DequantizeLinear", "Mul", "Cast"} & set(fused(artifact.data, tmp_path))
+    assert {t.name: t.data_type for t in onnx.load_from_string(artifact.data).graph.initializer}["2/weight_q"] == onnx.TensorProto.INT8
+
+
+def test_names_follow_the_modules() -> None:
+    artifact, _ = steps(Residual(), rand(4, 3, 16, 16))
+    model = onnx.load_from_string(artifact.data)
+    made = {o: n.op_type for n in model.graph.node for o in n.output}
+    assert {k: made[k] for k in ("x_q", "x_q/dq", "stem/weight/dq", "stem/bias/dq", "stem", "stem_q", "fc")} == {
+        "x_q": "QuantizeLinear", "x_q/dq": "DequantizeLinear", "stem/weight/dq": "DequantizeLinear", "stem/bias/dq": "DequantizeLinear",
+        "stem": "Conv", "stem_q": "QuantizeLinear", "fc": "Gemm",
+    }  # fmt: skip
+    stored = {t.name: t for t in model.graph.initializer}
+    assert {"stem/weight_q", "stem/weight_scale", "stem/weight_zero", "stem/bias_q", "stem/bias_scale", "stem/bias_zero", "x_q_scale"} <= set(stored)
+    assert stored["stem/bias_q"].data_type == onnx.TensorProto.INT32 and list(stored["x_q_scale"].dims) == []
+    assert [n.name for n in model.graph.node] == [n.output[0] for n in model.graph.node]
+
+
+# ---- float islands
+
+
+class Foreign(nn.Module):
+    """Operations that have no canonical form: einsum, roll, masked_fill, a GRU, a sort, sizes taken from a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj, self.rnn = nn.Linear(6, 6), nn.GRU(6, 6, batch_first=True)
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = self.proj(x)
+        scores = torch.einsum("bij,bkj->bik", y, y).masked_fill(mask, -1.0)
+        turned = torch.roll(y, 2, 1).reshape(x.size(0), -1)
+        out, last = self.rnn(y)
+        return scores, self.proj(out) + last.transpose(0, 1), torch.cumsum(turned, 1) > 0
+
+
+def test_islands_equal_torch_for_two_batch_sizes() -> None:
+    torch.manual_seed(0)
+    x, mask = rand(2, 5, 6), rand(2, 5, 5) > 0
+    artifact = same(Foreign(), x, mask)
+    assert sum(len(i) for i in artifact.info["islands"]) >= 6 and {"Einsum", "GRU"} <= set(artifact.info["ops"])
+
+
+def test_an_island_does_not_swallow_a_path_through_fxq_nodes() -> None:
+    class Diamond(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act = nn.Tanh()
+
+        def forward(self, x: Tensor) -> Tensor:
+            a = torch.cumsum(x, 1)
+            return torch.cumsum(torch.cumsum(a, 1).sub(self.act(a)), 0)
+
+    artifact = same(Diamond(), rand(2, 6))
+    assert artifact.info["islands"] == [["cumsum", "cumsum_1"], ["sub", "cumsum_2"]]
+
+
+class Expm1(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.op = m.Unary("expm1")
+
+    def forward(self, x: Tensor) -> Any:
+        return self.op(x)
+
+
+def test_forms_that_an_emitter_refuses_become_islands() -> None:
+    artifact = same(Expm1(), rand(2, 6))
+    assert artifact.info["islands"] == [["op"]]
+
+
+class Eigen(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.eigvalsh(x)
+
+
+def test_what_nobody_can_write_is_an_issue() -> None:
+    gm = h.canonical(Eigen(), rand(2, 3, 3))
+    with pytest.raises(LoweringError, match="linalg_eigvalsh: fxq has no ONNX form of linalg_eigvalsh; torch's exporter refuses it"):
+        OnnxQdq().lower(gm, schemes.get("float"), targets.get("onnxruntime"))
+
+
+def test_a_tuple_output_and_a_name_used_twice_are_issues() -> None:
+    class Twice(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return {"a_b": x, "a": {"b": x}, "all": torch.sort(x)}
+
+    gm = h.canonical(Twice(), rand(2, 3))
+    issues = [str(i) for i in OnnxQdq().check(gm, schemes.get("float"), targets.get("onnxruntime"))]
+    assert issues == [
+        "sort: sort gives a tuple that is used as a whole. Replace the operation in the model",
+        "all: this output is not a tensor with an ONNX type. Return its tensors one by one",
+        "a_b: two outputs have this name. Give the model's outputs different keys",
+    ]
+
+
+def test_files_over_two_gib_are_refused() -> None:
+    gm = h.canonical(nn.Sequential(nn.Linear(4, 4)), rand(2, 4))
+    gm.get_submodule("0").weight = nn.Parameter(torch.zeros(1).expand(2**15, 2**15))
+    issues = OnnxQdq().check(gm, schemes.get("float"), targets.get("onnxruntime"))
+    assert [str(i) for i in issues] == ["file: the weights take 4.0 GiB, an ONNX file holds 2. Quantize more layers, or split the model"]
+
+
+# ---- sessions
+
+
+def test_sessions_say_what_is_wrong(tmp_path: Path) -> None:
+    data = lower(Tokens(), rand(2, 32)).data
+    (tmp_path / "cut.onnx").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ArtifactError, match="cut.onnx: ONNX Runtime cannot load it"):
+        session(tmp_path / "cut.onnx")
+    with pytest.raises(ArtifactError, match="ONNX Runtime cannot load it"):
+        session(b"not a model")
+    with pytest.raises(ArtifactError, match=r"no.onnx: cannot be read: No such file"):
+        session(tmp_path / "no.onnx")
+    with pytest.raises(ArtifactError, match="unknown optimization level 'ful'"):
+        session(data, "ful")
+    opened = session(data, "off", threads=1)
+    with pytest.raises(ArtifactError, match=r"input 'x' has shape \[2, 5\], the file takes \['batch', 32\]"):
+        run(opened, {"x": rand(2, 5)})
+    with pytest.raises(ArtifactError, match="the file's inputs are x, given are y"):
+        run(opened, {"y": rand(2, 32)})
+    with pytest.raises(ArtifactError, match="the runtime refuses the inputs"):
+        run(opened, {"x": rand(2, 32).double()})
