@@ -9,12 +9,27 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from fxq.graph import compare_shapes, tree_shape
+from fxq.modules import kind_of
+
+
+SAME_SHAPE = frozenset(
+    "batch_norm layer_norm group_norm instance_norm relu clamp leaky_relu prelu elu selu sigmoid hardsigmoid hardswish silu mish tanh gelu "
+    "softplus softmax log_softmax fake_quantize".split()
+)
 
 
 class _Record(Interpreter):
-    def __init__(self, gm: GraphModule) -> None:
+    """Keeps every value. On the meta device a layer that keeps its input's shape is not run: torch's decompositions are slow there."""
+
+    def __init__(self, gm: GraphModule, meta: bool) -> None:
         super().__init__(gm)
         self.seen: dict[Node, Any] = {}
+        self.meta = meta
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.meta and kind_of(self.fetch_attr(target)) in SAME_SHAPE:
+            return torch.empty_like(args[0])
+        return super().call_module(target, args, kwargs)
 
     def run_node(self, n: Node) -> Any:
         out = super().run_node(n)
@@ -24,14 +39,14 @@ class _Record(Interpreter):
 
 def _run(gm: GraphModule, inputs: tuple[Any, ...]) -> dict[Node, Any]:
     meta = {k: v.to("meta") for k, v in [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]}
-    recorder = _Record(gm)
+    recorder = _Record(gm, True)
     with torch.no_grad(), torch.nn.utils.stateless._reparametrize_module(gm, meta):
         recorder.run(*(x.to("meta") if isinstance(x, Tensor) else x for x in inputs))
     return recorder.seen
 
 
 def _real(gm: GraphModule, inputs: tuple[Any, ...]) -> dict[Node, Any]:
-    recorder = _Record(gm)
+    recorder = _Record(gm, False)
     with torch.inference_mode():
         recorder.run(*inputs)
     return recorder.seen
