@@ -14,6 +14,7 @@ from fxq.backends.onnx_writer import Writer
 from fxq.graph import kind, module_of, shape
 
 NIBBLE = 4  # bits that ONNX's INT4 holds
+BLOCK = 128  # weights of a column that share a scale in a weight-only layer
 PAD_MODES = {"constant": "constant", "zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
 
@@ -94,20 +95,32 @@ def _linear(w: Writer, node: Node, x: str, weight: str, bias: list[str]) -> str:
 def weight_only(w: Writer, node: Node, module: m.Quantized) -> str:
     """Integer weights, float arithmetic.
 
-    A linear layer becomes DequantizeLinear([K, N]) -> MatMul -> Add, which ONNX Runtime turns into MatMulNBits. A conv's weight is
-    written as Cast -> Sub -> Mul: constant folding expands it once at load, where a DequantizeLinear would run on every call.
+    A linear layer becomes DequantizeLinear([K, N]) -> MatMul, which ONNX Runtime turns into MatMulNBits. Its bias is subtracted, negated:
+    after an Add the runtime makes a Gemm of the pair first, and a Gemm with an activation dequantizes its weight on every call.
+    A conv's weight is written as Cast -> Sub -> Mul: constant folding expands it once at load, where a DequantizeLinear would run
+    on every call.
     """
-    out, qp, codes, op = w.out(node), module.weight_grid.qparams, module.weight_codes(), module.op
+    out, op = w.out(node), module.op
     if not isinstance(op, nn.Linear):
         return _layer(w, node, op, _folded(w, out, module), _float_bias(w, node, op))
-    s = w.const(f"{out}/weight_scale", qp.scale)
-    if qp.spec.bits <= NIBBLE and qp.spec.signed:
-        q, z = w.int4(f"{out}/weight_q", codes.T.contiguous()), w.int4(f"{out}/weight_zero", qp.zero_point)
-    else:
-        q, z = w.const(f"{out}/weight_q", codes.T), w.const(f"{out}/weight_zero", qp.zero_point.to(qp.spec.dtype))
-    axis = {} if qp.spec.axis is None else {"axis": 1}
-    y = w.op("MatMul", [w.input(node), w.op("DequantizeLinear", [q, s, z], f"{out}/weight/dq", **axis)], out if op.bias is None else f"{out}/matmul")
-    return y if op.bias is None else w.op("Add", [y, *_float_bias(w, node, op)], out)
+    y = w.op("MatMul", [w.input(node), _columns(w, out, module)], out if op.bias is None else f"{out}/matmul")
+    return y if op.bias is None else w.op("Sub", [y, w.const(f"{out}/minus_bias", -op.bias)], out)
+
+
+def _columns(w: Writer, out: str, module: m.Quantized) -> str:
+    """Weight [K, N] of a linear layer, dequantized in blocks of 128 rows where K allows (the runtime's fastest), else by column."""
+    qp, codes = module.weight_grid.qparams, module.weight_codes().T.contiguous()
+    k, n = codes.shape
+    blocks = k // BLOCK if k % BLOCK == 0 else 0
+    sizes = (blocks, n) if blocks else (n,)
+    small = qp.spec.bits <= NIBBLE and qp.spec.signed
+    names = [w.int4(f"{out}/weight_q", codes) if small else w.const(f"{out}/weight_q", codes)]
+    names.append(w.const(f"{out}/weight_scale", qp.scale.expand(sizes)))
+    if bool((qp.zero_point != 0).any()):
+        zero = qp.zero_point.expand(sizes).to(qp.spec.dtype)
+        names.append(w.int4(f"{out}/weight_zero", zero) if small else w.const(f"{out}/weight_zero", zero))
+    how = {"axis": 0, "block_size": BLOCK} if blocks else {"axis": 1}
+    return w.op("DequantizeLinear", names, f"{out}/weight/dq", **how)
 
 
 def _folded(w: Writer, out: str, module: m.Quantized) -> str:

@@ -20,6 +20,7 @@ from fxq.backends.onnx_qdq import OnnxQdq
 from fxq.backends.onnxruntime import run, session
 from fxq.errors import ArtifactError, LoweringError
 from fxq.lowering import Artifact
+from fxq.spec import QuantSpec
 
 _spec: Any = importlib.util.spec_from_file_location("helpers", Path(__file__).parents[1] / "helpers.py")
 h: Any = importlib.util.module_from_spec(_spec)
@@ -100,7 +101,7 @@ def fused(data: bytes, folder: Path, level: str = "all") -> Counter[str]:
     return ops
 
 
-def steps(net: nn.Module, x: Tensor, scheme: str = "iao_w8a8") -> tuple[Artifact, float]:
+def steps(net: nn.Module, x: Tensor, scheme: str | schemes.Scheme = "iao_w8a8") -> tuple[Artifact, float]:
     """Artifact of a compiled net, and its greatest distance from the simulator relative to the output's magnitude."""
     torch.manual_seed(0)
     c = fxq.compile(h.randomize(net), scheme, calibration=[x])
@@ -217,11 +218,24 @@ def test_dynamic_linear_layers_fuse_and_equal_the_simulator(tmp_path: Path) -> N
     assert fused(artifact.data, tmp_path) == {"DynamicQuantizeMatMul": 2, "Relu": 1} and off < 1e-5
 
 
-def test_weight_only_linear_layers_become_matmulnbits(tmp_path: Path) -> None:
-    artifact, off = steps(Tokens(), rand(4, 5, 32), "weight_only_w8")
-    assert fused(artifact.data, tmp_path) == {"MatMulNBits": 2, "Relu": 1} and off < 1e-5
-    names = {t.name for t in onnx.load_from_string(artifact.data).graph.initializer}
-    assert names == {f"{n}/{t}" for n in "ab" for t in ("weight_q", "weight_scale", "weight_zero", "bias")}
+class Wide(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.act = nn.Linear(256, 64), nn.Linear(64, 32), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.act(self.a(x)))
+
+
+@pytest.mark.parametrize("sizes", [(4, 256), (4, 5, 256)])
+@pytest.mark.parametrize("scheme", ["weight_only_w8", "weight_only_w4_here", "weight_only_w8a_here"])
+def test_weight_only_linear_layers_become_matmulnbits(scheme: str, sizes: tuple[int, ...], tmp_path: Path) -> None:
+    chosen = schemes.get(scheme) if "here" not in scheme else schemes.Scheme(scheme, "weight-only", QuantSpec.parse("s4n/pc0" if "w4" in scheme else "s8a/pc0"))
+    artifact, off = steps(Wide(), rand(*sizes), chosen)
+    ops = fused(artifact.data, tmp_path)
+    assert (ops["MatMulNBits"], ops["DequantizeLinear"], ops["FusedGemm"], ops["Gemm"]) == (2, 0, 0, 0) and off < 1e-5
+    stored = {t.name: list(t.dims) for t in onnx.load_from_string(artifact.data).graph.initializer}
+    assert stored["a/weight_scale"] == [2, 64] and stored["b/weight_scale"] == [32]
 
 
 def test_weight_only_convs_hold_bytes_and_compute_in_float(tmp_path: Path) -> None:
