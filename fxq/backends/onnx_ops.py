@@ -224,16 +224,28 @@ def _gathers(w: Writer, node: Node, picks: list[np.ndarray[Any, Any]]) -> str:
 
 
 def clamp(w: Writer, node: Node, module: nn.Module) -> str:
-    out, c = w.out(node), module
-    dtype = node.meta["dtype"]
-    ends = ["" if v is None else w.const(f"{out}/{k}", torch.tensor(v, dtype=dtype)) for k, v in (("lo", c.lo), ("hi", c.hi))]
-    return w.op("Clip", [w.input(node), *ends], out)
+    op: Any = module
+    return _bounded(w, node, op.lo, op.hi)
+
+
+def _bounded(w: Writer, node: Node, lo: float | None, hi: float | None) -> str:
+    """Clip; behind an integer linear layer Max and Min: of Gemm and Relu or Clip the runtime makes a float Gemm before it sees the Q/DQ."""
+    out, x, source = w.out(node), w.input(node), node.all_input_nodes[0]
+    ends = {k: w.const(f"{out}/{k}", torch.tensor(v, dtype=node.meta["dtype"])) for k, v in (("lo", lo), ("hi", hi)) if v is not None}
+    if kind(w.gm, source) != "linear" or not isinstance(module_of(w.gm, source), m.Quantized):
+        return w.op("Clip", [x, ends.get("lo", ""), ends.get("hi", "")], out)
+    if lo is not None:
+        x = w.op("Max", [x, ends["lo"]], out if hi is None else f"{out}/above")
+    return x if hi is None else w.op("Min", [x, ends["hi"]], out)
 
 
 def relu(w: Writer, node: Node, module: nn.Module) -> str:
     """An integer ReLU that no grid absorbed runs as a leaky ReLU of slope 0, a table in ONNX Runtime."""
+    source = node.all_input_nodes[0]
     if node.meta.get("integer"):
         return w.op("LeakyRelu", [w.input(node)], w.out(node), alpha=0.0)
+    if kind(w.gm, source) == "linear" and isinstance(module_of(w.gm, source), m.Quantized):
+        return _bounded(w, node, 0.0, None)
     return w.op("Relu", [w.input(node)], w.out(node))
 
 

@@ -213,9 +213,17 @@ def test_linear_layers_run_as_qgemm(sizes: tuple[int, ...], tmp_path: Path) -> N
     assert ops["QGemm"] == 2 and not {"Gemm", "MatMul", "DequantizeLinear"} & set(ops) and ops["QuantizeLinear"] == 1 and off < 0.03
 
 
+@pytest.mark.parametrize("act", [nn.ReLU(), nn.Sigmoid(), nn.LeakyReLU(), nn.GELU(), nn.ReLU6()], ids=str)
+@pytest.mark.parametrize("scheme,op", [("iao_w8a8", "QGemm"), ("dynamic_w8", "DynamicQuantizeMatMul"), ("weight_only_w8", "MatMulNBits")])
+def test_a_float_activation_does_not_pull_a_linear_layer_into_float(act: nn.Module, scheme: str, op: str, tmp_path: Path) -> None:
+    artifact, off = steps(nn.Sequential(nn.Linear(32, 16), act, nn.Softmax(-1)), rand(4, 32), scheme)
+    ops = fused(artifact.data, tmp_path)
+    assert ops[op] == 1 and not {"Gemm", "FusedGemm", "MatMul", "DequantizeLinear"} & set(ops) and off < 1e-4
+
+
 def test_dynamic_linear_layers_fuse_and_equal_the_simulator(tmp_path: Path) -> None:
     artifact, off = steps(Tokens(), rand(4, 5, 32), "dynamic_w8")
-    assert fused(artifact.data, tmp_path) == {"DynamicQuantizeMatMul": 2, "Relu": 1} and off < 1e-5
+    assert fused(artifact.data, tmp_path) == {"DynamicQuantizeMatMul": 2, "Max": 1} and off < 1e-5
 
 
 class Wide(nn.Module):
