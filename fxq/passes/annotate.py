@@ -108,6 +108,9 @@ class _Plan:
         if k not in self.target.ops:
             what = str(node.target) if k == "opaque" else k
             return f"{self.target.name} has no integer kernel for {what}"
+        spec = self.ctx.scheme.activation
+        if k == "hardsigmoid" and spec is not None and spec.symmetric and spec.signed:
+            return "its integer form saturates at 0, where a signed symmetric grid does not end"
         return _shape_fault(self.gm, node, k, self.target)
 
     def _excluded(self, node: Node) -> str | None:
@@ -211,10 +214,9 @@ class _Plan:
 
 
 def unit_grid(spec: QuantSpec) -> QParams:
-    """The grid of a hard sigmoid: codes qmin..qmax on [0, 1], exactly."""
-    scale = torch.tensor(1.0 / (spec.qmax - spec.qmin if not spec.symmetric or not spec.signed else spec.qmax), dtype=torch.float32)
-    zero = 0 if spec.symmetric else spec.qmin
-    return QParams(spec, scale, torch.tensor(zero, dtype=torch.int32))
+    """The grid of a hard sigmoid: codes qmin..qmax on [0, 1], exactly; the zero point is the least code."""
+    scale = torch.tensor(1.0 / (spec.qmax - spec.qmin), dtype=torch.float32)
+    return QParams(spec, scale, torch.tensor(spec.qmin, dtype=torch.int32))
 
 
 def _shape_fault(gm: GraphModule, node: Node, k: str, target: Target) -> str | None:
