@@ -25,7 +25,7 @@ from fxq.tracers import SymbolicTracer, first_line, here
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, type(NotImplemented))
 _FACTORIES = ("arange", "zeros", "ones", "full", "empty", "linspace", "eye", "rand", "randn", "tensor")
 _METHODS = ("repeat", "expand", "view", "reshape", "tile", "narrow", "new_zeros", "new_ones", "new_full", "new_empty", "__getitem__")
-_RANK = ("dim", "ndimension", "element_size")
+_RANK = ("dim", "ndim", "ndimension", "element_size", "itemsize")
 
 
 class DataDependent(RuntimeError):
@@ -191,7 +191,7 @@ class ConcreteTracer(SymbolicTracer):
             except Exception as e:
                 raise OneBatchOnly(f"{here()} fails at another one: {first_line(e)}") from e
         if _plain(value) and _equal(value, other):
-            self._note_size(value, target)
+            self._note_size(value, args[1] if target is getattr else target)
             return value
         return super().create_proxy(kind, target, args, kwargs, name, type_expr, lambda n: ConcreteProxy(n, self, value, other))
 

@@ -35,16 +35,19 @@ def export(root: nn.Module, example: tuple[Any, ...]) -> tuple[GraphModule, str]
             dims = pytree.tree_map(lambda x: {0: batch} if isinstance(x, Tensor) and x.ndim and len(x) == sizes[0] else None, example)
             try:
                 program = torch.export.export(root, example, dynamic_shapes=tuple(dims), strict=False)
-                return plain(program.module(check_guards=False), example, names), f"input sizes {shapes}: torch.export, dynamic batch"
+                return plain(program_module(program), example, names), f"input sizes {shapes}: torch.export, dynamic batch"
             except Exception:
                 static = torch.export.export(root, example, strict=False)
         else:
             static = torch.export.export(root, example, strict=False)
-        return plain(static.module(check_guards=False), example, names), f"input sizes {whole}: torch.export, static"
+        return plain(program_module(static), example, names), f"input sizes {whole}: torch.export, static"
 
 
 def program_module(program: ExportedProgram) -> GraphModule:
-    """The module of an exported program, without its guards on the inputs."""
+    """The module of an exported program, without in-place operations and without guards on the inputs."""
+    names = [str(n.target).split(".")[1] for n in program.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
+    if any(name.endswith("_") for name in names):
+        program = program.run_decompositions({})
     module: GraphModule = program.module(check_guards=False)
     return module
 

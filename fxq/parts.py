@@ -111,8 +111,9 @@ def _part(module: nn.Module, calls: list[tuple[Any, ...] | None], make: MakeGrap
 
 
 def replace(root: nn.Module, graphs: dict[str, nn.Module]) -> nn.Module:
-    """Copy of ``root`` with the submodules at the given paths replaced."""
-    out = copy.deepcopy(root)
+    """Copy of ``root`` (sharing its parameters) with the submodules at the given paths replaced."""
+    kept: dict[int, Any] = {id(t): t for t in (*root.parameters(), *root.buffers())}
+    out = copy.deepcopy(root, kept)
     for path, gm in graphs.items():
         out.set_submodule(path, gm)
     return out.eval()

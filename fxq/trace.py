@@ -32,7 +32,8 @@ class Captured:
         gm: the model as one graph; ``None`` when only parts of it could be captured.
         rung: ``symbolic``, ``concrete``, ``export`` or ``submodules``.
         specialised: what the graph is specialised to, one line each, with file and line where known.
-        root: a copy of the model in eval mode; for the submodules rung the one whose parts can be replaced.
+        root: a copy of the model in eval mode, which shares its parameters with ``gm`` and the parts; for the submodules rung
+            the model whose parts can be replaced.
         parts: of the submodules rung: module path -> (graph, example inputs of its first call).
         notes: why earlier rungs failed, one line each with file and line where known.
     """
@@ -104,14 +105,15 @@ def capture(
     raise _error(faults, notes)
 
 
-def copied(model: nn.Module) -> nn.Module:
-    """Deep copy in eval mode.
+def copied(model: nn.Module, *, share: bool = False) -> nn.Module:
+    """Deep copy in eval mode; with ``share`` the copy's parameters and buffers are the model's own.
 
     Raises:
         TraceError: when the model cannot be copied.
     """
+    kept = {id(t): t for t in (*model.parameters(), *model.buffers())} if share else {}
     try:
-        return copy.deepcopy(model).eval()
+        return copy.deepcopy(model, kept).eval()
     except Exception as e:
         raise TraceError(
             f"the model cannot be copied: {first_line(e)}",
@@ -152,7 +154,7 @@ def _first_equal(
 
 
 def _symbolic(root: nn.Module, example: tuple[Any, ...], leaves: Leaves) -> Iterator[tuple[GraphModule, tuple[str, ...]]]:
-    yield trace(SymbolicTracer(example, leaves), copied(root)), ()
+    yield trace(SymbolicTracer(example, leaves), copied(root, share=True)), ()
 
 
 def _concrete(root: nn.Module, example: tuple[Any, ...], leaves: Leaves) -> Iterator[tuple[GraphModule, tuple[str, ...]]]:
@@ -168,7 +170,7 @@ def _concrete(root: nn.Module, example: tuple[Any, ...], leaves: Leaves) -> Iter
         for options in ({}, {"buffers": True}, {"vary": False}):
             tracer = ConcreteTracer(example, whole, calls, **options)
             try:
-                gm = trace(tracer, copied(root))
+                gm = trace(tracer, copied(root, share=True))
             except Exception as e:
                 if failed is None or isinstance(failed, OneBatchOnly):
                     failed = e
@@ -185,14 +187,14 @@ def _concrete(root: nn.Module, example: tuple[Any, ...], leaves: Leaves) -> Iter
 
 
 def _exported(root: nn.Module, example: tuple[Any, ...]) -> tuple[GraphModule, tuple[str, ...]]:
-    gm, specialised = exported.export(copied(root), example)
+    gm, specialised = exported.export(copied(root, share=True), example)
     return gm, (specialised,)
 
 
 def _given(root: GraphModule, example: tuple[Any, ...], check: bool) -> Captured:
     """A graph is taken as it is; only its calling convention is made positional."""
     try:
-        gm = exported.plain(copied(root), example, _given_names(root, example))  # type: ignore[arg-type]
+        gm = exported.plain(copied(root, share=True), example, _given_names(root, example))  # type: ignore[arg-type]
         specialised = compared(gm, root, example, False) if check else ()
     except Exception as e:
         where, what = fault_of(e)

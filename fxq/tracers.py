@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node, Proxy, Tracer
+from torch.fx.node import map_arg
 
 from fxq.modules import Op
 
@@ -99,15 +100,14 @@ def tidy(gm: GraphModule) -> GraphModule:
     A later reader of a tensor that was changed in place reads the result of that operation. What this does not cover (a
     view changed in place, the base read afterwards) changes the output, and the comparison with eager finds it.
     """
-    place = {n: i for i, n in enumerate(gm.graph.nodes)}
+    first: dict[Node, Node] = {}
+    newest: dict[Node, Node] = {}
     for node in list(gm.graph.nodes):
+        node.args = map_arg(node.args, lambda n: newest.get(first.get(n, n), n))
+        node.kwargs = map_arg(node.kwargs, lambda n: newest.get(first.get(n, n), n))
         if _inplace(gm, node):
-            source = node.args[0]
-            for user in list(source.users):
-                if place[user] > place[node]:
-                    user.replace_input_with(source, node)
-            if node.op == "call_method" and hasattr(Tensor, str(node.target)[:-1]):
-                node.target = str(node.target)[:-1]
+            first[node] = first.get(node.args[0], node.args[0])
+            newest[first[node]] = node
     gm.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output"))
     gm.delete_all_unused_submodules()
     gm.graph.lint()
@@ -116,22 +116,37 @@ def tidy(gm: GraphModule) -> GraphModule:
 
 
 def _inplace(gm: GraphModule, node: Node) -> bool:
-    """Does ``node`` change its first argument? Switches the ``inplace`` option off where there is one."""
+    """Does ``node`` change its first argument? If so it becomes the operation that does not, where there is one."""
     if not node.args or not isinstance(node.args[0], Node):
         return False
+    target: Any = node.target
     if node.op == "call_method":
-        name = str(node.target)
-        return name.endswith("_") and not name.startswith("__")
+        found = target.endswith("_") and not target.startswith("__")
+        if found and hasattr(Tensor, target[:-1]):
+            node.target = target[:-1]
+        return bool(found)
     if node.op == "call_module":
-        module: Any = gm.get_submodule(str(node.target))
+        module: Any = gm.get_submodule(target)
         found = getattr(module, "inplace", False) is True
         if found:
             module.inplace = False
         return found
-    return node.op == "call_function" and _inplace_function(node)
+    return node.op == "call_function" and (_inplace_name(node) or _inplace_option(node))
 
 
-def _inplace_function(node: Node) -> bool:
+def _inplace_name(node: Node) -> bool:
+    """``torch.relu_`` and the like."""
+    target: Any = node.target
+    name = getattr(target, "__name__", "")
+    if not name.endswith("_") or getattr(torch, name, None) is not target:
+        return False
+    functional: Any = getattr(torch, name[:-1], target)
+    node.target = functional
+    return True
+
+
+def _inplace_option(node: Node) -> bool:
+    """``F.relu(x, inplace=True)`` and the like."""
     target: Any = node.target
     if getattr(target, "__module__", "") != "torch.nn.functional" or not inspect.isfunction(target):
         return False
