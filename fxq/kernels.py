@@ -8,6 +8,7 @@ FMA; on CPUs without VNNI its u8*s8 products can saturate, which no kernel here 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,9 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 
 from fxq import modules as m
 from fxq import numerics
+from fxq.graph import shape
 from fxq.spec import QParams
 
 F4 = np.float32
@@ -46,11 +49,11 @@ class Codes:
         return self.codes if self.qp.same_grid(qp) else numerics.quantize(self.real(), qp)
 
 
-def constant(value: float, qp: QParams) -> Codes:
-    """A Python scalar operand: rank 0, on the grid that ``choose_qparams(value, value)`` gives for the codes of ``qp``."""
+def constant(value: float, qp: QParams, rank: int) -> Codes:
+    """A Python scalar operand of shape ``[1] * rank`` on the grid that ``choose_qparams(value, value)`` gives for the codes of ``qp``."""
     v = torch.tensor(float(value))
     grid = numerics.choose_qparams(v, v, qp.spec)
-    return Codes(numerics.quantize(v, grid), grid)
+    return Codes(numerics.quantize(v, grid).reshape([1] * rank), grid)
 
 
 def as_unsigned(x: Codes) -> Codes:
@@ -175,6 +178,15 @@ def first_is_scalar(a: Sequence[int], b: Sequence[int]) -> bool:
     return a[-1] == 1
 
 
+def operand_order(node: Node) -> tuple[Any, ...]:
+    """Operands of an integer add or mul in the order in which the file has them and the reference computes: the larger tensor first.
+
+    The roundings of an add depend on which operand the runtime broadcasts from a scalar, and its layout optimizer moves that for a small
+    first operand (``[N, C, 1, 1] + [N, C, H, W]``); with the larger one first the numbers are the same in every layout.
+    """
+    return tuple(sorted(node.args, key=lambda a: math.prod(shape(a)) if isinstance(a, Node) else 0, reverse=True))
+
+
 def add(module: nn.Module, xs: Sequence[Codes], qp: QParams) -> Tensor:
     """QLinearAdd: ``rne(fma(r_a, a, fma(r_b, b, z_c - fma(r_a, z_a, r_b*z_b))))`` with ``r = s / s_c``; a scalar operand comes last."""
     a, b = xs
@@ -201,7 +213,7 @@ def mul(module: nn.Module, xs: Sequence[Codes], qp: QParams) -> Tensor:
 def hardsigmoid(module: nn.Module, xs: Sequence[Codes], qp: QParams) -> Tensor:
     """A saturating add of the constant 3 onto the grid six times as wide; the readers take the codes with the narrow scale."""
     wide = QParams(qp.spec, qp.scale * 6.0, qp.zero_point)
-    return add(module, [xs[0], constant(3.0, wide)], wide)
+    return add(module, [xs[0], constant(3.0, wide, xs[0].codes.ndim)], wide)
 
 
 # ---------------------------------------------------------------- tables, pooling
@@ -291,3 +303,4 @@ KERNELS: dict[str, Kernel] = {
     **dict.fromkeys(("max_pool", "reshape", "permute", "slice", "index_select", "resize"), move),
 }  # fmt: skip
 FLOAT_OUTPUT = ("linear", "matmul")
+BINARY = ("add", "mul")

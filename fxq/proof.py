@@ -160,16 +160,22 @@ class _Exposed:
             fused = onnx.load(path)
         self.producer = {t: n.op_type for n in fused.graph.node for t in n.output if t}
         self.outputs = [o.name for o in fused.graph.output]
-        self.tensors = {s: t for s in steps if (t := self._tensor(s, outputs)) is not None}
-        for t in dict.fromkeys(self.tensors.values()):
+        nodes = {n.name.split(":")[0]: list(n.output) for n in fused.graph.node}
+        tensors = {s: t for s in steps if (t := self._tensor(s, outputs, nodes)) is not None}
+        for t in dict.fromkeys(tensors.values()):
             if t not in self.outputs:
                 fused.graph.output.append(onnx.ValueInfoProto(name=t))
         self.session = session(fused.SerializeToString(), "ORT_DISABLE_ALL")
+        floats = {o.name for o in self.session.get_outputs() if o.type == "tensor(float)"}
+        self.tensors = {s: t for s, t in tensors.items() if (t in floats) == s.gives_float}
         self._feed: dict[str, Any] = {}
         self._have: dict[str, Any] = {}
 
-    def _tensor(self, s: Step, outputs: dict[Node, str]) -> str | None:
+    def _tensor(self, s: Step, outputs: dict[Node, str], nodes: dict[str, list[str]]) -> str | None:
+        """The tensor of a step: by its name, or as the output of the node that kept its name (the runtime renames what it turns from s8 to u8)."""
         wishes = [s.name, f"{s.name}/gemm", outputs.get(s.result, "")] if s.gives_float else [s.name]
+        wishes += nodes.get(s.name, [])[:1]
+        wishes += nodes.get(value_name(s.split or s.core), [])[s.index : s.index + 1]
         return next((w for w in wishes if w in self.producer), None)
 
     def start(self, feed: dict[str, Any]) -> list[Any]:

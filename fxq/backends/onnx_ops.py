@@ -13,6 +13,7 @@ from fxq import modules as m
 from fxq.backends.onnx_weighted import PAD_MODES, weighted
 from fxq.backends.onnx_writer import Emitter, Writer, rounding
 from fxq.graph import kind, module_of, shape
+from fxq.kernels import operand_order
 from fxq.modules import FakeQuantize
 
 HARD_SIGMOID_SHIFT, HARD_SIGMOID_WIDTH = 3.0, 6.0
@@ -24,7 +25,8 @@ def simple(op: str, **attrs: Any) -> Emitter:
     """An operation with the node's tensor and scalar arguments and constant attributes."""
 
     def emit(w: Writer, node: Node, module: nn.Module) -> str:
-        return w.op(op, [w.operand(node, a, i) for i, a in enumerate(node.args)], w.out(node), **attrs)
+        args = operand_order(node) if op in ("Add", "Mul") and node.meta.get("integer") else node.args
+        return w.op(op, [w.operand(node, a, i) for i, a in enumerate(args)], w.out(node), **attrs)
 
     return emit
 

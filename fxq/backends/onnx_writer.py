@@ -128,7 +128,8 @@ class Writer:
         assert qp is not None
         grid = numerics.choose_qparams(value, value, qp.spec)
         s, z = self.grid(f"{out}/scalar{i}", grid)
-        return self.op("DequantizeLinear", [self.const(f"{out}/scalar{i}_q", numerics.quantize(value, grid)), s, z], f"{out}/scalar{i}/dq")
+        codes = numerics.quantize(value, grid).reshape([1] * len(shape(node)))  # full rank: the runtime rounds alike in every layout
+        return self.op("DequantizeLinear", [self.const(f"{out}/scalar{i}_q", codes), s, z], f"{out}/scalar{i}/dq")
 
     def sizes(self, node: Node, source: Node) -> str:
         """A shape tensor of ``node``'s sizes with -1 for the batch-dependent one; leading sizes of ``source`` when there are several."""

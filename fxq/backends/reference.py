@@ -34,7 +34,7 @@ class Step:
         result: the node whose value it gives: the ``fake_quantize`` node, or the core itself (float output).
         operands: nodes on grids and Python scalars, in the kernel's order; of ``quantize`` the float node.
         module: the module that the kernel reads its constants from.
-        index: part of a split.
+        split, index: for a part of a split, that node and which part.
     """
 
     name: str
@@ -43,6 +43,7 @@ class Step:
     result: Node
     operands: tuple[Node | float, ...]
     module: nn.Module
+    split: Node | None = None
     index: int = 0
 
     @property
@@ -82,8 +83,9 @@ def _rounded(gm: GraphModule, fq: Node) -> Step:
         if k == "getitem":
             split, index = source.args
             assert isinstance(split, Node) and isinstance(index, int)
-            return Step(name, "split", source, fq, tuple(split.args), module_of(gm, split), index)  # type: ignore[arg-type]
-        return Step(name, k, source, fq, tuple(source.args), module_of(gm, source))  # type: ignore[arg-type]
+            return Step(name, "split", source, fq, tuple(split.args), module_of(gm, split), split, index)  # type: ignore[arg-type]
+        operands = kernels.operand_order(source) if k in kernels.BINARY else tuple(source.args)
+        return Step(name, k, source, fq, operands, module_of(gm, source))  # type: ignore[arg-type]
     return Step(name, "quantize", source, fq, (source,), module)
 
 
@@ -194,7 +196,8 @@ class Reference:
         if step.kind in ("quantize", "requantize"):
             value = env[step.operands[0]]  # type: ignore[index]
             return Codes(value.onto(qp) if isinstance(value, Codes) else numerics.quantize(value, qp), qp)
-        xs = [env[a] if isinstance(a, Node) else kernels.constant(a, qp) for a in step.operands]
+        rank = len(step.core.meta["shape"]) if step.kind in kernels.BINARY else 0
+        xs = [env[a] if isinstance(a, Node) else kernels.constant(a, qp, rank) for a in step.operands]
         if step.kind == "split":
             return Codes(kernels.part(step.module, step.index, xs[0], qp), qp)
         return Codes(kernels.KERNELS[step.kind](step.module, xs, qp), qp)
