@@ -52,7 +52,8 @@ def find(gm: GraphModule, foreign: Callable[[Node], bool], opset: int) -> list[I
         region = next((home[d] for d in _sources(node) if d in home and not _returns(node, home[d], home, members)), len(members))
         home[node] = region
         members.setdefault(region, []).append(node)
-    return [_export(gm, nodes, opset) for nodes in members.values()]
+    exports: dict[Any, onnx.ModelProto] = {}
+    return [_export(gm, nodes, opset, exports) for nodes in members.values()]
 
 
 def schedule(gm: GraphModule, islands: list[Island]) -> list[Node | Island]:
@@ -148,24 +149,51 @@ def _returns(node: Node, region: int, home: dict[Node, int], members: dict[int, 
     return False
 
 
-def _export(gm: GraphModule, nodes: list[Node], opset: int) -> Island:
+def _export(gm: GraphModule, nodes: list[Node], opset: int, exports: dict[Any, onnx.ModelProto]) -> Island:
+    """Constants are inputs of the export, so that blocks that differ in their weights only share it."""
     inside = set(nodes)
     needed = _closure(nodes, inside)
-    inputs = tuple(dict.fromkeys(i for n in needed for i in n.all_input_nodes if i not in needed and i.op != "get_attr"))
+    known = set(needed)
+    inputs = tuple(dict.fromkeys(i for n in needed for i in n.all_input_nodes if i not in known))
     outputs = tuple(n for n in nodes if _leaves(n, inside))
     bad = next((n for n in outputs if not isinstance(n.meta.get("shape"), tuple)), None)
     way_out = "Replace the operation in the model"
     if bad is not None:
         return Island(tuple(nodes), inputs, outputs, fault=Issue(bad.name, f"{_what(gm, bad)} gives a tuple that is used as a whole", way_out))
+    key = _structure(needed, inputs, outputs)
     try:
-        model = _run_exporter(_cut_out(gm, needed, inputs, outputs), inputs, opset)
-        fault = _unfit(model, outputs, opset)
+        if key not in exports:
+            exports[key] = _run_exporter(_cut_out(gm, needed, inputs, outputs), inputs, opset)
+        fault = _unfit(exports[key], outputs, opset)
     except Exception as e:
-        model, fault = None, f"torch's exporter refuses it: {_cause(e)}"
+        fault = f"torch's exporter refuses it: {_cause(e)}"
     if fault is None:
-        return Island(tuple(nodes), inputs, outputs, model)
+        return Island(tuple(nodes), inputs, outputs, exports[key])
     what = ", ".join(dict.fromkeys(_what(gm, n) for n in nodes))
     return Island(tuple(nodes), inputs, outputs, fault=Issue(nodes[0].name, f"fxq has no ONNX form of {what}; {fault}", way_out))
+
+
+def _structure(needed: list[Node], inputs: tuple[Node, ...], outputs: tuple[Node, ...]) -> str:
+    """Text that is equal for regions with equal operations, arguments and input types."""
+    number = {n: f"%{i}" for i, n in enumerate([*inputs, *needed])}
+
+    def text(a: Any) -> str:
+        if isinstance(a, Node):
+            return number[a]
+        if isinstance(a, (tuple, list)):
+            return f"[{', '.join(text(v) for v in a)}]"
+        if isinstance(a, slice):
+            return f"slice({text(a.start)}, {text(a.stop)}, {text(a.step)})"
+        return f"{{{', '.join(f'{key}: {text(v)}' for key, v in a.items())}}}" if isinstance(a, dict) else repr(a)
+
+    types = [(n.meta["shape"], n.meta["dynamic"], n.meta["dtype"]) for n in inputs]
+    return repr(
+        (
+            types,
+            [(n.op, str(n.target) if n.op != "call_function" else id(n.target), text(n.args), text(n.kwargs)) for n in needed],
+            [number[n] for n in outputs],
+        )
+    )
 
 
 def _closure(nodes: list[Node], inside: set[Node]) -> list[Node]:
@@ -197,9 +225,6 @@ def _cut_out(gm: GraphModule, needed: list[Node], inputs: tuple[Node, ...], outp
     graph = Graph()
     new: dict[Node, Node] = {n: graph.placeholder(f"input_{i}") for i, n in enumerate(inputs)}
     for node in needed:
-        for i in node.all_input_nodes:
-            if i.op == "get_attr" and i not in new:
-                new[i] = graph.node_copy(i)
         new[node] = graph.node_copy(node, lambda n: new[n])
     graph.output(tuple(new[n] for n in outputs))
     return GraphModule(gm, graph, "Island").eval()

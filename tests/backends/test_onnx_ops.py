@@ -4,42 +4,17 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fxq import modules as m
-from fxq import schemes, targets
-from fxq.backends.onnx_qdq import EMITTERS, OnnxQdq
-from fxq.backends.onnxruntime import run, session
-from fxq.lowering import Artifact
+from fxq.backends.onnx_qdq import EMITTERS
 
-_spec: Any = importlib.util.spec_from_file_location("helpers", Path(__file__).parents[1] / "helpers.py")
-h: Any = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(h)
-
-
-def lower(model: nn.Module, *inputs: Tensor) -> Artifact:
-    """Artifact of a float module that consists of canonical modules; checked by onnx."""
-    artifact = OnnxQdq().lower(h.canonical(h.randomize(model), *inputs), schemes.get("float"), targets.get("onnxruntime"))
-    onnx.checker.check_model(onnx.load_from_string(artifact.data), full_check=True)
-    return artifact
-
-
-def same(model: nn.Module, *inputs: Tensor, atol: float = 2e-5) -> Artifact:
-    """Lower on the example and compare with torch on it and on another batch size."""
-    artifact = lower(model, *inputs)
-    opened = session(artifact.data)
-    names = [i.name for i in opened.get_inputs()]
-    for batch in (inputs, tuple(torch.cat([x, x, x[:1]]) for x in inputs)):
-        with torch.no_grad():
-            want = model(*batch)
-        got = run(opened, dict(zip(names, batch, strict=True)))
-        for a, b in zip(want if isinstance(want, tuple) else (want,), got, strict=True):
-            assert a.dtype == torch.from_numpy(b).dtype
-            torch.testing.assert_close(torch.from_numpy(b), a, atol=atol, rtol=1e-4, equal_nan=True)
-    return artifact
+_spec: Any = importlib.util.spec_from_file_location("onnx_tools", Path(__file__).parents[1] / "onnx_tools.py")
+t: Any = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(t)
+lower, same, rand, h = t.lower, t.same, t.rand, t.h
 
 
 class One(nn.Module):
@@ -58,10 +33,6 @@ class On1(One):
 class On2(One):
     def forward(self, a: Tensor, b: Tensor) -> Any:
         return self.op(a, b)
-
-
-def rand(*sizes: int) -> Tensor:
-    return torch.randn(*sizes, generator=torch.Generator().manual_seed(sum(sizes)))
 
 
 IMAGE, LINE, CUBE, ROWS, TOKENS = (2, 4, 9, 7), (2, 4, 11), (2, 4, 5, 6, 4), (2, 6), (2, 5, 6)

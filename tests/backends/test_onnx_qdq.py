@@ -1,4 +1,4 @@
-"""The ONNX writer: names, integer forms as ONNX Runtime fuses them, islands, refusals, sessions."""
+"""The ONNX writer: names and metadata, and the integer forms as ONNX Runtime fuses them."""
 
 import importlib.util
 from collections import Counter
@@ -15,42 +15,15 @@ from torch import Tensor, nn
 
 import fxq
 from fxq import modules as m
-from fxq import schemes, targets
-from fxq.backends.onnx_qdq import OnnxQdq
+from fxq import schemes
 from fxq.backends.onnxruntime import run, session
-from fxq.errors import ArtifactError, LoweringError
 from fxq.lowering import Artifact
 from fxq.spec import QuantSpec
 
-_spec: Any = importlib.util.spec_from_file_location("helpers", Path(__file__).parents[1] / "helpers.py")
-h: Any = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(h)
-
-
-def lower(model: nn.Module, *inputs: Tensor) -> Artifact:
-    """Artifact of a float module that consists of canonical modules; checked by onnx."""
-    artifact = OnnxQdq().lower(h.canonical(h.randomize(model), *inputs), schemes.get("float"), targets.get("onnxruntime"))
-    onnx.checker.check_model(onnx.load_from_string(artifact.data), full_check=True)
-    return artifact
-
-
-def same(model: nn.Module, *inputs: Tensor, atol: float = 2e-5) -> Artifact:
-    """Lower on the example and compare with torch on it and on another batch size."""
-    artifact = lower(model, *inputs)
-    opened = session(artifact.data)
-    names = [i.name for i in opened.get_inputs()]
-    for batch in (inputs, tuple(torch.cat([x, x, x[:1]]) for x in inputs)):
-        with torch.no_grad():
-            want = model(*batch)
-        got = run(opened, dict(zip(names, batch, strict=True)))
-        for a, b in zip(want if isinstance(want, tuple) else (want,), got, strict=True):
-            assert a.dtype == torch.from_numpy(b).dtype
-            torch.testing.assert_close(torch.from_numpy(b), a, atol=atol, rtol=1e-4, equal_nan=True)
-    return artifact
-
-
-def rand(*sizes: int) -> Tensor:
-    return torch.randn(*sizes, generator=torch.Generator().manual_seed(sum(sizes)))
+_spec: Any = importlib.util.spec_from_file_location("onnx_tools", Path(__file__).parents[1] / "onnx_tools.py")
+t: Any = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(t)
+lower, same, rand, h = t.lower, t.same, t.rand, t.h
 
 
 class Parts(nn.Module):
@@ -265,111 +238,3 @@ def test_names_follow_the_modules() -> None:
     assert {"stem/weight_q", "stem/weight_scale", "stem/weight_zero", "stem/bias_q", "stem/bias_scale", "stem/bias_zero", "x_q_scale"} <= set(stored)
     assert stored["stem/bias_q"].data_type == onnx.TensorProto.INT32 and list(stored["x_q_scale"].dims) == []
     assert [n.name for n in model.graph.node] == [n.output[0] for n in model.graph.node]
-
-
-# ---- float islands
-
-
-class Foreign(nn.Module):
-    """Operations that have no canonical form: einsum, roll, masked_fill, a GRU, a sort, sizes taken from a tensor."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.proj, self.rnn = nn.Linear(6, 6), nn.GRU(6, 6, batch_first=True)
-
-    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        y = self.proj(x)
-        scores = torch.einsum("bij,bkj->bik", y, y).masked_fill(mask, -1.0)
-        turned = torch.roll(y, 2, 1).reshape(x.size(0), -1)
-        out, last = self.rnn(y)
-        return scores, self.proj(out) + last.transpose(0, 1), torch.cumsum(turned, 1) > 0
-
-
-def test_islands_equal_torch_for_two_batch_sizes() -> None:
-    torch.manual_seed(0)
-    x, mask = rand(2, 5, 6), rand(2, 5, 5) > 0
-    artifact = same(Foreign(), x, mask)
-    assert sum(len(i) for i in artifact.info["islands"]) >= 6 and {"Einsum", "GRU"} <= set(artifact.info["ops"])
-
-
-def test_an_island_does_not_swallow_a_path_through_fxq_nodes() -> None:
-    class Diamond(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.act = nn.Tanh()
-
-        def forward(self, x: Tensor) -> Tensor:
-            a = torch.cumsum(x, 1)
-            return torch.cumsum(torch.cumsum(a, 1).sub(self.act(a)), 0)
-
-    artifact = same(Diamond(), rand(2, 6))
-    assert artifact.info["islands"] == [["cumsum", "cumsum_1"], ["sub", "cumsum_2"]]
-
-
-class Expm1(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.op = m.Unary("expm1")
-
-    def forward(self, x: Tensor) -> Any:
-        return self.op(x)
-
-
-def test_forms_that_an_emitter_refuses_become_islands() -> None:
-    artifact = same(Expm1(), rand(2, 6))
-    assert artifact.info["islands"] == [["op"]]
-
-
-class Eigen(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.linalg.eigvalsh(x)
-
-
-def test_what_nobody_can_write_is_an_issue() -> None:
-    gm = h.canonical(Eigen(), rand(2, 3, 3))
-    with pytest.raises(LoweringError, match="linalg_eigvalsh: fxq has no ONNX form of linalg_eigvalsh; torch's exporter refuses it"):
-        OnnxQdq().lower(gm, schemes.get("float"), targets.get("onnxruntime"))
-
-
-def test_a_tuple_output_and_a_name_used_twice_are_issues() -> None:
-    class Twice(nn.Module):
-        def forward(self, x: Tensor) -> Any:
-            return {"a_b": x, "a": {"b": x}, "all": torch.sort(x)}
-
-    gm = h.canonical(Twice(), rand(2, 3))
-    issues = [str(i) for i in OnnxQdq().check(gm, schemes.get("float"), targets.get("onnxruntime"))]
-    assert issues == [
-        "sort: sort gives a tuple that is used as a whole. Replace the operation in the model",
-        "all: this output is not a tensor with an ONNX type. Return its tensors one by one",
-        "a_b: two outputs have this name. Give the model's outputs different keys",
-    ]
-
-
-def test_files_over_two_gib_are_refused() -> None:
-    gm = h.canonical(nn.Sequential(nn.Linear(4, 4)), rand(2, 4))
-    gm.get_submodule("0").weight = nn.Parameter(torch.zeros(1).expand(2**15, 2**15))
-    issues = OnnxQdq().check(gm, schemes.get("float"), targets.get("onnxruntime"))
-    assert [str(i) for i in issues] == ["file: the weights take 4.0 GiB, an ONNX file holds 2. Quantize more layers, or split the model"]
-
-
-# ---- sessions
-
-
-def test_sessions_say_what_is_wrong(tmp_path: Path) -> None:
-    data = lower(Tokens(), rand(2, 32)).data
-    (tmp_path / "cut.onnx").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ArtifactError, match="cut.onnx: ONNX Runtime cannot load it"):
-        session(tmp_path / "cut.onnx")
-    with pytest.raises(ArtifactError, match="ONNX Runtime cannot load it"):
-        session(b"not a model")
-    with pytest.raises(ArtifactError, match=r"no.onnx: cannot be read: No such file"):
-        session(tmp_path / "no.onnx")
-    with pytest.raises(ArtifactError, match="unknown optimization level 'ful'"):
-        session(data, "ful")
-    opened = session(data, "off", threads=1)
-    with pytest.raises(ArtifactError, match=r"input 'x' has shape \[2, 5\], the file takes \['batch', 32\]"):
-        run(opened, {"x": rand(2, 5)})
-    with pytest.raises(ArtifactError, match="the file's inputs are x, given are y"):
-        run(opened, {"y": rand(2, 32)})
-    with pytest.raises(ArtifactError, match="the runtime refuses the inputs"):
-        run(opened, {"x": rand(2, 32).double()})
