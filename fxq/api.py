@@ -15,14 +15,17 @@ from torch.fx import GraphModule
 from fxq import graph, schemes, targets
 from fxq.calibration import Batches
 from fxq.errors import CalibrationError, FxqError, LoweringError, SchemeError, TargetError, nearest
+from fxq.exported import program_module
 from fxq.lowering import Artifact, Lowering
 from fxq.passes.annotate import Annotate
 from fxq.passes.calibrate import Calibrate
 from fxq.passes.canonicalize import Canonicalize
 from fxq.passes.convert import Convert
+from fxq.passes.correct_bias import CorrectBias
 from fxq.passes.fold_bn import FoldBN
 from fxq.passes.legalize import Legalize
 from fxq.passes.propagate_shapes import PropagateShapes
+from fxq.passes.round_weights import RoundWeights
 from fxq.passes.share_qparams import ShareQParams
 from fxq.pipeline import Pass, PassContext, Pipeline, Progress, no_progress
 from fxq.schemes import Scheme
@@ -57,6 +60,10 @@ def pipeline_for(scheme: Scheme, observer: str | None = None) -> Pipeline:
     front: tuple[Pass, ...] = (Canonicalize(), PropagateShapes(), FoldBN(), Legalize(), Annotate())
     if scheme.method == "static":
         back: tuple[Pass, ...] = (ShareQParams(), Calibrate(observer=observer), Convert())
+        if scheme.weight_rounding == "feedback":
+            back = (*back, RoundWeights())
+        elif scheme.bias_correction:
+            back = (*back, CorrectBias())
         return Pipeline((*front, *back))
     return Pipeline((*front, ShareQParams(), Calibrate(observer=observer), Convert()))
 
@@ -155,11 +162,11 @@ class CompiledModel(nn.Module):
         from fxq.proof import verify
 
         gm = self.graph_module
-        return verify(gm, artifact, Batches(data, self, limit=limit))
+        return verify(gm, artifact, Batches(data, gm, limit=limit))
 
 
 def compile(  # noqa: A001 - the name that torch users expect
-    model: nn.Module,
+    model: nn.Module | torch.export.ExportedProgram,
     scheme: str | Scheme = "iao_w8a8",
     *,
     calibration: Any = None,
@@ -174,7 +181,7 @@ def compile(  # noqa: A001 - the name that torch users expect
     """Capture ``model`` (a copy), rewrite it for ``target`` and quantize it post-training.
 
     Args:
-        model: float32 module; its parameters, buffers and mode are not changed.
+        model: float32 module or exported program; its parameters, buffers and mode are not changed.
         scheme: name or :class:`~fxq.schemes.Scheme`.
         calibration: any iterable of tensors, tuples (labels behind the inputs are dropped) or dicts; read once.
         example: one batch of inputs when there is no calibration data (a tensor or a tuple).
@@ -192,6 +199,8 @@ def compile(  # noqa: A001 - the name that torch users expect
     tgt.require(sch)
     if observer is not None and observer not in schemes.OBSERVERS:
         raise SchemeError(f"unknown observer {observer!r}", way_out=nearest(observer, schemes.OBSERVERS))
+    if isinstance(model, torch.export.ExportedProgram):
+        model = program_module(model)
     _check_model(model)
     if sch.method == "static" and calibration is None:
         raise CalibrationError(

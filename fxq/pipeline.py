@@ -39,6 +39,7 @@ class PassContext:
         calibration: the user's data, already normalised to tuples of positional inputs; read once.
         float_nodes: patterns (``fnmatch`` on module path or node name) that stay float.
         progress: callback for long work.
+        kept: the first calibration batches, for passes that measure after ``calibrate`` (filled by it where the scheme needs them).
         skips: filled through :meth:`skip`.
     """
 
@@ -49,6 +50,7 @@ class PassContext:
     float_nodes: tuple[str, ...] = ()
     progress: Progress = no_progress
     skips: list[Skip] = field(default_factory=list)
+    kept: list[tuple[Any, ...]] = field(default_factory=list)
 
     def skip(self, node: Node | str, why: str) -> None:
         """Record that a pass left ``node`` alone, and why."""

@@ -9,6 +9,7 @@ from fxq.spec import QuantSpec
 
 METHODS = ("float", "static", "dynamic", "weight-only")
 OBSERVERS = ("minmax", "ema", "percentile", "mse", "entropy")
+ROUNDINGS = ("nearest", "feedback")
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Scheme:
         activation_observer, weight_observer: one of :data:`OBSERVERS`.
         bias_correction: shift biases by the mean output error that weight rounding causes on the calibration data
             (Nagel et al. 2019, arXiv 1906.04721, section 4.2).
+        weight_rounding: ``nearest``, or ``feedback``: so that the layer's output on the calibration data moves least
+            (Frantar et al. 2022, arXiv 2210.17323); it corrects the biases as well.
         summary: one line for ``--list schemes``.
     """
 
@@ -31,9 +34,10 @@ class Scheme:
     method: str
     weight: QuantSpec | None = None
     activation: QuantSpec | None = None
-    activation_observer: str = "minmax"
+    activation_observer: str = "ema"
     weight_observer: str = "minmax"
     bias_correction: bool = False
+    weight_rounding: str = "nearest"
     summary: str = ""
 
     def __post_init__(self) -> None:
@@ -42,10 +46,18 @@ class Scheme:
         for role in (self.activation_observer, self.weight_observer):
             if role not in OBSERVERS:
                 raise SchemeError(f"scheme {self.name!r} names the unknown observer {role!r}", way_out="Use " + nearest(role, OBSERVERS))
+        if self.weight_rounding not in ROUNDINGS:
+            way_out = "Use " + " or ".join(ROUNDINGS)
+            raise SchemeError(f"scheme {self.name!r} names the unknown rounding {self.weight_rounding!r}", way_out=way_out)
         if self.method != "float" and self.weight is None:
             raise SchemeError(f"scheme {self.name!r} quantizes nothing: it has no weight grid")
         if self.method in ("static", "dynamic") and self.activation is None:
             raise SchemeError(f"scheme {self.name!r} is {self.method} but has no activation grid")
+
+    @property
+    def reconstructs(self) -> bool:
+        """A pass behind ``convert`` measures on calibration batches."""
+        return self.bias_correction or self.weight_rounding != "nearest"
 
     def weight_spec(self, kind: str) -> QuantSpec:
         """Codes of the weight of a ``conv``, ``conv_transpose`` or ``linear``."""
@@ -98,7 +110,16 @@ register(Scheme("iao_w8a8_asymw", "static", S8A, U8, summary="iao_w8a8 with asym
 register(Scheme("iao_w8a8_sym", "static", S8N, S8, summary="signed symmetric everywhere: what TensorRT needs"))
 register(Scheme("iao_w8a8_sym_pt", "static", S8N.per_tensor(), S8, summary="iao_w8a8_sym with one weight scale per tensor"))
 register(
-    Scheme("iao_w4a8", "static", S4N, U8, weight_observer="mse", bias_correction=True, summary="4-bit weights in [-7, 7], u8 activations")
+    Scheme(
+        "iao_w4a8",
+        "static",
+        S4N,
+        U8,
+        weight_observer="mse",
+        bias_correction=True,
+        weight_rounding="feedback",
+        summary="4-bit weights in [-7, 7], rounded with error feedback; u8 activations",
+    )
 )
 register(Scheme("dynamic_w8", "dynamic", S8N.per_tensor(), U8, summary="linear layers: s8 weights, activation ranges at run time"))
 register(Scheme("weight_only_w8", "weight-only", S8N, summary="s8 weights, float arithmetic"))

@@ -58,6 +58,8 @@ class Calibrate(Pass):
 
     Attributes:
         observer: overrides the scheme's activation observer.
+        keep: a scheme with bias correction or weight rounding keeps the first batches in ``ctx.kept``, while they hold at most
+            so many numbers (the first batch always).
     """
 
     name: ClassVar[str] = "calibrate"
@@ -65,6 +67,7 @@ class Calibrate(Pass):
     ensures: ClassVar[tuple[str, ...]] = ("calibrated",)
 
     observer: str | None = None
+    keep: int = 1 << 22
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         table = grids(gm)
@@ -91,9 +94,16 @@ class Calibrate(Pass):
         assert ctx.calibration is not None
         runner = _Observe(gm.eval(), {n: watch[n] for n in gm.graph.nodes if n in watch})
         total = operator.length_hint(ctx.calibration, 0) or None
+        room = self.keep if ctx.scheme.reconstructs else 0
         with torch.inference_mode():
             for batch in ctx.calibration:
                 runner.run(*batch)
+                size = sum(x.numel() for x in batch if isinstance(x, Tensor))
+                if room >= size or (room and not ctx.kept):
+                    ctx.kept.append(batch)
+                    room = max(0, room - size)
+                else:
+                    room = 0
                 runner.batch += 1
                 ctx.progress(self.name, runner.batch, total)
 
