@@ -159,6 +159,7 @@ class _Exposed:
             session(model, "ORT_ENABLE_EXTENDED", path)
             fused = onnx.load(path)
         self.producer = {t: n.op_type for n in fused.graph.node for t in n.output if t}
+        self.merged = {t for n in fused.graph.node for t in n.output if any(i.startswith("DoubleQDQRemoved_") for i in n.input)}
         self.outputs = [o.name for o in fused.graph.output]
         nodes = {n.name.split(":")[0]: list(n.output) for n in fused.graph.node}
         tensors = {s: t for s in steps if (t := self._tensor(s, outputs, nodes)) is not None}
@@ -251,7 +252,7 @@ class _Ledger:
     def cause(self, step: Step) -> str:
         """The likeliest reason, from what the file and the fused graph hold."""
         name, path, module = step.name, step.path, step.module
-        if step.result is not step.core or step.kind == "requantize":
+        if not step.gives_float:
             qp = module_of(self.reference.gm, step.result).qparams
             if not self._same_grid(name, qp):  # type: ignore[arg-type]
                 return "the file has another grid there"
@@ -259,6 +260,10 @@ class _Ledger:
             for part, codes in (("weight_q", module.weight_codes()), ("bias_q", module.bias_codes())):
                 if codes is not None and not self._same(f"{path}/{part}", codes):
                     return f"the file holds another {part.removesuffix('_q')}"
+        before = [self.reference.by_result.get(a) for a in step.operands if isinstance(a, Node)]
+        lost = any(b is not None and b.kind == "requantize" and b not in self.exposed.tensors for b in before)
+        if lost or self.exposed.tensors[step] in self.exposed.merged:
+            return "the runtime merged two grids in a row (a value whose only reader rounds it again) into one"
         if step.kind not in ("quantize", "requantize") and self.exposed.producer[self.exposed.tensors[step]] == "QuantizeLinear":
             return "the runtime did not fuse it: between its Q/DQ nodes it runs in float"
         if step.kind == "quantize":

@@ -10,7 +10,7 @@ from torch.fx.node import map_arg
 from fxq import numerics
 from fxq.backends.onnx_qdq import OnnxQdq
 from fxq.graph import kind, module_of, swap_module
-from fxq.modules import WEIGHTED, FakeQuantize, Op, Quantized
+from fxq.modules import WEIGHTED, FakeQuantize, Quantized, kind_of
 from fxq.schemes import get as scheme
 from fxq.shapes import propagate
 from fxq.spec import QParams, QuantSpec
@@ -26,7 +26,7 @@ def fq(like: FakeQuantize | None = None, spec: str = "u8/pt") -> FakeQuantize:
 
 class _Tracer(Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (Op, FakeQuantize)) or super().is_leaf_module(m, module_qualified_name)
+        return kind_of(m) != "opaque" or super().is_leaf_module(m, module_qualified_name)
 
 
 def converted(model: nn.Module, *inputs: Tensor, floats: tuple[str, ...] = (), shrink: float = 0.8) -> GraphModule:

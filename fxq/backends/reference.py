@@ -78,7 +78,7 @@ def _rounded(gm: GraphModule, fq: Node) -> Step:
     source, module, name = fq.all_input_nodes[0], module_of(gm, fq), str(fq.target)
     k = kind(gm, source)
     if k == "fake_quantize":
-        return Step(name, "requantize", fq, fq, (source,), module)
+        return Step(name, "requantize", source, fq, (source,), module)
     if len(source.users) == 1 and _is_integer(gm, source, k):
         if k == "getitem":
             split, index = source.args
@@ -117,7 +117,7 @@ class Reference:
     """Runs a converted graph on codes, on the CPU.
 
     Attributes:
-        steps: the fused kernels, see :func:`plan`.
+        steps: the fused kernels, see :func:`plan`; ``by_result`` finds them by the node whose value they give.
         float_nodes: names of the nodes that run as float islands.
     """
 
@@ -125,12 +125,12 @@ class Reference:
         on_cpu = all(t.device.type == "cpu" for t in [*gm.parameters(), *gm.buffers()])
         self.gm = gm if on_cpu else copy.deepcopy(gm).cpu()
         self.steps = plan(self.gm)
-        self._by_result = {s.result: s for s in self.steps}
+        self.by_result = {s.result: s for s in self.steps}
         self._inside = self._fused_nodes()
         self._free = self._last_reads()
         quiet = ("input", "output", "attr", "fake_quantize")
         self.float_nodes = [
-            value_name(n) for n in self.gm.graph.nodes if n not in self._inside and n not in self._by_result and kind(self.gm, n) not in quiet
+            value_name(n) for n in self.gm.graph.nodes if n not in self._inside and n not in self.by_result and kind(self.gm, n) not in quiet
         ]
 
     def _fused_nodes(self) -> set[Node]:
@@ -161,7 +161,7 @@ class Reference:
             for n in self.gm.graph.nodes:
                 if n in self._inside:
                     continue
-                step = self._by_result.get(n)
+                step = self.by_result.get(n)
                 if step is not None:
                     value = self._kernel(step, env)
                     other = observe(step, value) if observe is not None else None
@@ -180,7 +180,7 @@ class Reference:
         """Reader -> values that nobody reads after it. A fused core reads nothing in its own place; its step's result does."""
         last: dict[Node, Node] = {}
         for n in self.gm.graph.nodes:
-            step = self._by_result.get(n)
+            step = self.by_result.get(n)
             reads = [] if n in self._inside else n.all_input_nodes if step is None else [a for a in step.operands if isinstance(a, Node)]
             last.update(dict.fromkeys(reads, n))
         free: dict[Node, list[Node]] = {}

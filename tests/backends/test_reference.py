@@ -138,11 +138,35 @@ class Head(nn.Module):
         return out
 
 
+class Again(Net):
+    """A value that is rounded onto a second grid for one of its readers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again, self.add, self.add_q = fq(), m.Add(), fq()
+
+    def body(self, y: Tensor) -> Tensor:
+        z: Tensor = self.add_q(self.add(self.again(y), y))
+        return z
+
+
+class Shifted(Net):
+    """Sigmoid, pool and squaring in a chain: every value has one reader."""
+
+    def __init__(self, spec: str = "u8/pt") -> None:
+        super().__init__(spec)
+        self.gate, self.gate_q, self.pool, self.pool_q = nn.Sigmoid(), fq(spec=spec), m.GlobalAvgPool(), fq(spec=spec)
+
+    def body(self, y: Tensor) -> Tensor:
+        z: Tensor = self.pool_q(self.pool(self.gate_q(self.gate(y))))
+        return z
+
+
 NETS: dict[str, Callable[[], nn.Module]] = {
     "residual": Residual, "sigmoid-excite": Excite, "gate-first": lambda: Excite(first=True), "hard-excite": lambda: Excite(hard=True),
     "plane-bias": PlaneBias, "plane-first": lambda: PlaneBias(first=True), "scalars": Scalars, "pieces": Pieces, "head": Head,
-    "residual-s8": lambda: Residual("s8/pt"), "scalars-s8": lambda: Scalars("s8/pt"), "pieces-s8": lambda: Pieces("s8/pt"),
-    "excite-s8": lambda: Excite("s8/pt"), "hard-excite-s8": lambda: Excite("s8a/pt", hard=True), "head-s8": lambda: Head("s8/pt"),
+    "chain-s8": lambda: Net("s8/pt"), "head-s8": lambda: Head("s8/pt"), "head-s8a": lambda: Head("s8a/pt"),
+    "requantize": Again, "scalar-s8": lambda: Shifted("s8/pt"),
 }  # fmt: skip
 
 
@@ -155,9 +179,130 @@ def test_equals_the_runtime(name: str) -> None:
     for seed in range(4):
         torch.manual_seed(seed)
         gm = converted(NETS[name](), images(seed))
+        if name == "requantize":
+            again: Any = gm.get_submodule("again")
+            again.scale = again.scale * 1.3
         data, x = onnx_bytes(gm), images(seed + 100, 5)
         want = Reference(gm)(x)
         for (got,) in runs(data, x):
             assert np.array_equal(want.numpy(), got), f"{name}, seed {seed}: {int((want.numpy() != got).sum())} of {got.size} differ"
         proof = verify(gm, data, [x])
         assert proof.ok and proof.nodes == proof.planned and proof.hidden_differ == 0, str(proof)
+
+
+class Attention(nn.Module):
+    def __init__(self, quantized: bool) -> None:
+        super().__init__()
+        self.a_q, self.b_q, self.turn = fq(), fq(), m.Permute((0, 2, 1))
+        self.turn_q, self.mm, self.mm_q, self.quantized = fq(self.b_q), m.MatMul(), fq(), quantized
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        y = self.mm(self.a_q(a), self.turn_q(self.turn(self.b_q(b))))
+        out: Tensor = self.mm_q(y) if self.quantized else y
+        return out
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_products_of_activations(quantized: bool) -> None:
+    for seed in range(4):
+        g = torch.Generator().manual_seed(seed)
+        a, b = torch.randn(2, 5, 70, generator=g), torch.randn(2, 7, 70, generator=g)
+        gm = converted(Attention(quantized), a, b)
+        want = Reference(gm)(a * 0.9, b)
+        for (got,) in runs(onnx_bytes(gm), a * 0.9, b):
+            assert np.array_equal(want.numpy(), got)
+
+
+class Convs(nn.Module):
+    """Convolutions of one and three dimensions, and one with its own padding on each side."""
+
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims]
+        self.x_q, self.a, self.a_q, self.b, self.b_q = fq(), conv(2, 6, 3, padding=1), fq(), m.padded(conv(6, 4, 3), (1, 0) * dims), fq()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b_q(self.b(self.a_q(self.a(self.x_q(x)))))
+        return out
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_convolutions_of_all_ranks(dims: int) -> None:
+    torch.manual_seed(dims)
+    x = torch.randn(2, 2, *(7,) * dims)
+    gm = converted(Convs(dims), x)
+    for (got,) in runs(onnx_bytes(gm), x * 0.9):
+        assert np.array_equal(Reference(gm)(x * 0.9).numpy(), got)
+
+
+class Island(Net):
+    """A tanh between convolutions: a float operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tanh, self.tanh_q = nn.Tanh(), fq()
+
+    def body(self, y: Tensor) -> Tensor:
+        z: Tensor = self.tanh_q(self.tanh(y))
+        return z
+
+
+def test_plan_names_kernels_tensors_and_operands() -> None:
+    torch.manual_seed(0)
+    steps = plan(converted(Excite(first=True), images(0)))
+    assert [(s.name, s.kind, s.path) for s in steps] == [
+        ("x_q", "quantize", "x"), ("stem_q", "conv", "stem"), ("pool_q", "global_avg_pool", "pool"), ("fc_q", "conv", "fc"),
+        ("gate_q", "sigmoid", "gate"), ("mul_q", "mul", "mul"), ("head_q", "conv", "head"),
+    ]  # fmt: skip
+    assert [str(a) for a in steps[5].operands] == ["stem_q", "gate_q"]  # the larger operand first
+    assert [(s.name, s.gives_float) for s in plan(converted(Head(), images(0)))] == [
+        ("x_q", False), ("flat_q", False), ("a_q", False), ("b", True),
+    ]  # fmt: skip
+
+
+def test_what_has_no_kernel_is_a_float_island() -> None:
+    torch.manual_seed(0)
+    gm = converted(Island(), images(0))
+    assert Reference(gm).float_nodes == ["tanh"]
+    assert [s.kind for s in plan(gm)] == ["quantize", "conv", "quantize", "conv"]
+    gm = converted(Residual(), images(0), floats=("add",))
+    assert Reference(gm).float_nodes == ["add"]
+    for node in gm.graph.nodes:
+        node.meta["integer"] = node.name != "conv"
+    assert Reference(gm).float_nodes == ["conv"]
+
+
+def test_a_float_bias_is_not_fused() -> None:
+    torch.manual_seed(0)
+    gm = converted(Net(), images(0))
+    gm.get_submodule("head").bias_grid = None
+    assert Reference(gm).float_nodes == ["head"]
+
+
+def test_simulator_is_within_a_step() -> None:
+    torch.manual_seed(0)
+    gm = converted(Excite(), images(0))
+    x, head = images(5), gm.get_submodule("head_q")
+    with torch.no_grad():
+        steps = (gm(x) - Reference(gm)(x)).abs() / head.scale
+    assert float(steps.max()) < 1.5 and float((steps > 0.5).float().mean()) < 0.3
+
+
+def test_run_gives_codes_by_tensor_name() -> None:
+    torch.manual_seed(0)
+    reference, x = Reference(converted(Head(), images(0))), images(1)
+    codes = reference.run(x)
+    assert list(codes) == ["x_q", "flat_q", "a_q", "b"] and codes["a_q"].dtype == torch.uint8
+    assert torch.equal(codes["b"], reference(x))
+    assert list(reference.run(x, watch={"a_q"})) == ["a_q"]
+
+
+def test_walk_goes_on_with_what_the_observer_gives() -> None:
+    torch.manual_seed(0)
+    reference, x = Reference(converted(Head(), images(0))), images(1)
+    other = reference.run(images(2))["a_q"]
+
+    def observe(step: Any, value: Any) -> Any:
+        return type(value)(other, value.qp) if step.name == "a_q" else None
+
+    assert torch.equal(reference.walk((x,), observe), reference(images(2)))
