@@ -1,0 +1,180 @@
+"""``fxq-lower``: compile a model from the command line. Exit code 2 and one line for a user's mistake, never a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from fxq.errors import ArtifactError, FxqError, InputError
+
+if TYPE_CHECKING:
+    from fxq.api import CompiledModel
+    from fxq.lowering import Artifact
+
+LISTS = ("schemes", "passes", "backends", "targets")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message, way_out="See fxq-lower --help")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of ``fxq-lower``."""
+    p = _Parser("fxq-lower", description="Compile a PyTorch model into a quantized artifact and prove it.")
+    p.add_argument("source", nargs="?", help="torchvision:NAME, timm:NAME, package.module:callable, file.py:callable or file.pt2")
+    p.add_argument("--weights", metavar="FILE", help=".safetensors or a torch state dict; loaded strictly")
+    p.add_argument("--input", action="append", default=[], metavar="SHAPE", help="like 1,3,224,224 or 1,16:int64; once per input")
+    p.add_argument("--calibration", metavar="PATH", help="folder of images, .npy or .npz")
+    p.add_argument("--calibration-batches", type=int, metavar="N", help="use at most N batches")
+    p.add_argument("--batch-size", type=int, default=8, metavar="N")
+    p.add_argument("--scheme", default="iao_w8a8")
+    p.add_argument("--target", default="onnxruntime")
+    p.add_argument("--observer", help="override the scheme's activation observer")
+    p.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="layers that stay float (fnmatch on the module path)")
+    p.add_argument("--to", default="onnx-qdq", metavar="BACKEND")
+    p.add_argument("-o", "--output", metavar="FILE")
+    p.add_argument("--force", action="store_true", help="replace an existing file")
+    p.add_argument("--verify", action="store_true", help="run the file in ONNX Runtime and compare it with the integer reference")
+    p.add_argument("--report-json", metavar="FILE", help="history, bytes and verification as JSON")
+    p.add_argument("--print-after", action="append", default=[], metavar="PASS", help="print the graph after this pass")
+    p.add_argument("--print-diff", action="append", default=[], metavar="PASS", help="print what this pass changed")
+    p.add_argument("--list", choices=LISTS, help="list what there is, and stop")
+    p.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    try:
+        return run(parser().parse_args(argv))
+    except (FxqError, OSError) as e:
+        if os.environ.get("FXQ_DEBUG", "") not in ("", "0"):
+            raise
+        print("fxq-lower: " + " ".join(str(e).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fxq-lower: stopped", file=sys.stderr)
+        return 130
+
+
+def run(a: argparse.Namespace) -> int:
+    """Do what the options say."""
+    if a.list:
+        print("\n".join(listing(a.list)))
+        return 0
+    if not a.source:
+        raise InputError("no model is given", way_out="For example torchvision:resnet18; see fxq-lower --help")
+    output = _check_output(a)
+    from fxq import api, sources
+
+    model = sources.model_from(a.source)
+    if a.weights:
+        sources.load_weights(model, Path(a.weights))
+    example = sources.example_from(a.input) or None
+    shape = tuple(example[0].shape) if example else None
+    data = list(sources.calibration_from(Path(a.calibration), a.source, shape, a.batch_size)) if a.calibration else None
+    with _progress(a.quiet) as progress:
+        m = api.compile(
+            model, a.scheme, calibration=data, example=example, target=a.target, skip=tuple(a.skip), observer=a.observer,
+            batches=a.calibration_batches, progress=progress,
+        )  # fmt: skip
+    artifact = m.lower(a.to)
+    _show(a, m, artifact)
+    report: dict[str, Any] = {"source": a.source, "scheme": a.scheme, "history": m.history.to_json(), **artifact.info}
+    report["float_ops"] = [str(op) for op in m.float_ops]
+    code = 0
+    if a.verify:
+        proof = m.verify(artifact.data, data if data is not None else [example], limit=4)
+        report["verify"] = proof.to_json()
+        _say(a, str(proof))
+        code = 0 if proof.ok else 1
+    if output is not None:
+        artifact.save(output, force=a.force)
+        _say(a, f"{output}: {output.stat().st_size:,} bytes")
+    if a.report_json:
+        from fxq.lowering import Artifact as File
+
+        File("report", (json.dumps(report, indent=1, default=str) + "\n").encode()).save(a.report_json, force=a.force)
+    return code
+
+
+def _check_output(a: argparse.Namespace) -> Path | None:
+    """Refuse an output that cannot be written before the work starts."""
+    for name in filter(None, (a.output, a.report_json)):
+        path = Path(name)
+        if path.exists() and not a.force:
+            raise ArtifactError("the file exists", where=name, way_out="Add --force or choose another name")
+        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+            raise ArtifactError("its folder does not exist or is not writable", where=name)
+    return Path(a.output) if a.output else None
+
+
+def _show(a: argparse.Namespace, m: CompiledModel, artifact: Artifact) -> None:
+    for name in a.print_after:
+        print(m.history[name].text)
+    for name in a.print_diff:
+        print(m.history.diff(name) or f"{name} changed nothing")
+    if not a.quiet and not a.print_after and not a.print_diff:
+        print(m.history)
+        for op in m.float_ops:
+            print(f"float: {op}")
+
+
+def _say(a: argparse.Namespace, text: str) -> None:
+    if not a.quiet:
+        print(text)
+
+
+def listing(what: str) -> list[str]:
+    """Lines of ``--list``."""
+    from fxq import api, schemes, targets
+
+    if what == "schemes":
+        return [f"{n:<18} {schemes.get(n).summary}" for n in schemes.names()]
+    if what == "targets":
+        return [f"{n:<18} {targets.get(n).summary}" for n in targets.names()]
+    if what == "backends":
+        return [f"{n:<18} {text}" for n, text in api.BACKENDS.items()]
+    passes = api.pipeline_for(schemes.get("iao_w8a8")).passes
+    return [f"{p.name:<18} {(type(p).__doc__ or '').strip().splitlines()[0]}" for p in passes]
+
+
+class _progress:
+    """A rich progress bar on a terminal, a plain line per step in a pipe, nothing when quiet; both on stderr."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet, self.last = quiet, ""
+        self.bar: Any = None
+        self.task: Any = None
+
+    def __enter__(self) -> Any:
+        if not self.quiet and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self.bar = Progress(console=Console(stderr=True), transient=True)
+            self.bar.start()
+            self.task = self.bar.add_task("compile", total=None)
+        return self.step
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def step(self, what: str, done: int, total: int | None) -> None:
+        """One call of the compiler's progress callback."""
+        if self.bar is not None:
+            self.bar.update(self.task, description=what, completed=done, total=total)
+        elif not self.quiet and what != self.last:
+            print(f"fxq: {what}", file=sys.stderr, flush=True)
+        self.last = what
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""The command line: every kind of source, every mistake in one line with exit code 2, no half-written file."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+from fxq.cli import main
+
+NET = """
+from torch import nn
+
+
+def build():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+
+
+def wrong():
+    return 1
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(NET)
+    rng = np.random.default_rng(0)
+    np.save("cal.npy", rng.normal(size=(12, 3, 8, 8)).astype(np.float32))
+    np.savez("cal.npz", input=rng.normal(size=(12, 3, 8, 8)).astype(np.float32))
+    Path("images").mkdir()
+    for i in range(3):
+        Image.fromarray(rng.integers(0, 255, (20, 24, 3), np.uint8)).save(f"images/{i}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("data", [["cal.npy"], ["cal.npz"], ["images", "--input", "1,3,8,8"]])
+def test_compiles_verifies_and_saves(here: Path, data: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["net.py:build", "--calibration", *data, "--verify", "-o", "m.onnx", "--report-json", "r.json"])
+    out = capsys.readouterr()
+    assert code == 0, out.err
+    assert "0 of " in out.out and "fold-bn" in out.out and "fxq: calibrate" in out.err
+    report = json.loads(Path("r.json").read_text())
+    assert report["verify"]["ok"] and report["scheme"] == "iao_w8a8" and Path("m.onnx").stat().st_size > 500
+
+
+def test_prints_graphs_and_lists(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["net.py:build", "--calibration", "cal.npy", "--print-diff", "fold-bn", "--print-after", "convert"]) == 0
+    out = capsys.readouterr().out
+    assert "-%_1 = batch_norm" in out and "fake_quantize" in out
+    for what, word in (("schemes", "iao_w8a8"), ("passes", "fold-bn"), ("backends", "onnx-qdq"), ("targets", "onnxruntime")):
+        assert main(["--list", what]) == 0 and word in capsys.readouterr().out
+
+
+def test_weights_pt2_and_torchvision(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
+    save_file(net.state_dict(), "w.safetensors")
+    torch.save(net.state_dict(), "w.pt")
+    for w in ("w.safetensors", "w.pt"):
+        assert main(["net.py:build", "--weights", w, "--calibration", "cal.npy", "--quiet"]) == 0
+    torch.export.save(torch.export.export(net, (torch.randn(2, 3, 8, 8),)), "net.pt2")
+    assert main(["net.pt2", "--input", "2,3,8,8", "--scheme", "float", "--to", "onnx", "--quiet"]) == 0, capsys.readouterr().err
+    assert main(["torchvision:squeezenet1_1", "--input", "1,3,64,64", "--scheme", "weight_only_w8", "--quiet", "-o", "s.onnx"]) == 0
+    assert capsys.readouterr().out == "" and Path("s.onnx").exists()
+
+
+MISTAKES = [
+    ([], "no model is given"),
+    (["net.py"], "is not a model source"),
+    (["torchvision:resnet1"], "did you mean 'resnet18'"),
+    (["net.py:buil"], "did you mean 'build'"),
+    (["net.py:wrong"], "not a torch.nn.Module"),
+    (["none.py:build"], "there is no such file"),
+    (["no.such.module:build"], "cannot import"),
+    (["net.py:build"], "needs calibration data"),
+    (["net.py:build", "--calibration", "nowhere"], "no such calibration"),
+    (["net.py:build", "--calibration", "net.py"], "cannot be read"),
+    (["net.py:build", "--calibration", "cal.npy", "--scheme", "iao_w8a"], "did you mean 'iao_w8a8'"),
+    (["net.py:build", "--calibration", "cal.npy", "--target", "onnxrutime"], "did you mean 'onnxruntime'"),
+    (["net.py:build", "--calibration", "cal.npy", "--to", "onnx-qd"], "did you mean 'onnx-qdq'"),
+    (["net.py:build", "--calibration", "cal.npy", "--observer", "mimax"], "did you mean 'minmax'"),
+    (["net.py:build", "--calibration", "cal.npy", "--print-after", "fold"], "did you mean 'fold-bn'"),
+    (["net.py:build", "--input", "1,x"], "is not a shape"),
+    (["net.py:build", "--weights", "net.py", "--calibration", "cal.npy"], "cannot be read"),
+    (["net.py:build", "--calibration", "cal.npy", "-o", "no/m.onnx"], "its folder does not exist"),
+    (["net.py:build", "--calibration", "cal.npy", "-o", "net.py"], "the file exists"),
+    (["net.py:build", "--frobnicate"], "unrecognized arguments"),
+]
+
+
+@pytest.mark.parametrize(("argv", "text"), MISTAKES)
+def test_mistakes_give_one_line_and_exit_code_2(here: Path, argv: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(p.name for p in here.iterdir())
+    assert main(argv) == 2
+    err = capsys.readouterr().err.strip().splitlines()
+    message = [line for line in err if not line.startswith("fxq: ")]
+    assert len(message) == 1 and text in message[0], err
+    assert sorted(p.name for p in here.iterdir() if p.name != "__pycache__") == before
+
+
+def test_weights_of_another_model(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(nn.Linear(2, 2).state_dict(), "w.pt")
+    assert main(["net.py:build", "--weights", "w.pt", "--calibration", "cal.npy"]) == 2
+    assert "belong to another model" in capsys.readouterr().err
