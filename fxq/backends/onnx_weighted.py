@@ -10,8 +10,9 @@ from torch import nn
 from torch.fx import Node
 
 from fxq import modules as m
-from fxq.backends.onnx_writer import Writer
+from fxq.backends.onnx_writer import Writer, rounding
 from fxq.graph import kind, module_of, shape
+from fxq.spec import QParams
 
 NIBBLE = 4  # bits that ONNX's INT4 holds
 BLOCK = 128  # weights of a column that share a scale in a weight-only layer
@@ -83,13 +84,29 @@ def _bias(w: Writer, node: Node, module: m.Quantized) -> list[str]:
 
 
 def _linear(w: Writer, node: Node, x: str, weight: str, bias: list[str]) -> str:
-    """Gemm; for more than two dimensions between two reshapes, which the runtime fuses to QGemm (MatMul + Add would stay float)."""
+    """Gemm; for more than two dimensions between two reshapes, which the runtime fuses to QGemm (MatMul + Add would stay float).
+
+    The reshapes of an integer layer stand between Q/DQ of their own: the runtime can move Q and DQ over a reshape, but with int8 activations
+    it writes an invalid graph then.
+    """
     out, source = w.out(node), node.all_input_nodes[0]
     if len(shape(source)) == 2:
         return w.op("Gemm", [x, weight, *bias], out, transB=1)
     x = w.op("Reshape", [x, w.ints(f"{out}/rows", [-1, shape(source)[-1]])], f"{out}/2d")
+    integer, after = bool(node.meta.get("integer")), rounding(w.gm, node)
+    if integer:
+        fq: Any = module_of(w.gm, source)
+        x = _pair(w, x, fq.qparams)
     y = w.op("Gemm", [x, weight, *bias], f"{out}/gemm", transB=1)
+    if integer and after is not None:
+        y = _pair(w, y, after)
     return w.op("Reshape", [y, w.sizes(node, source)], out)
+
+
+def _pair(w: Writer, x: str, qp: QParams) -> str:
+    """A Q/DQ pair behind the tensor ``x``."""
+    s, z = w.grid(f"{x}_q", qp)
+    return w.op("DequantizeLinear", [w.op("QuantizeLinear", [x, s, z], f"{x}_q"), s, z], f"{x}_q/dq")
 
 
 def weight_only(w: Writer, node: Node, module: m.Quantized) -> str:

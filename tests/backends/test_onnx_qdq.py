@@ -179,11 +179,18 @@ class Tokens(nn.Module):
         return self.b(self.act(self.a(x)))
 
 
+@pytest.mark.parametrize("scheme", ["iao_w8a8", "iao_w4a8"])
 @pytest.mark.parametrize("sizes", [(4, 32), (4, 5, 32), (4, 2, 3, 32)])
-def test_linear_layers_run_as_qgemm(sizes: tuple[int, ...], tmp_path: Path) -> None:
-    artifact, off = steps(Tokens(), rand(*sizes))
+def test_linear_layers_run_as_qgemm(sizes: tuple[int, ...], scheme: str, tmp_path: Path) -> None:
+    artifact, off = steps(Tokens(), rand(*sizes), scheme)
     ops = fused(artifact.data, tmp_path)
     assert ops["QGemm"] == 2 and not {"Gemm", "MatMul", "DequantizeLinear"} & set(ops) and ops["QuantizeLinear"] == 1 and off < 0.03
+
+
+def test_signed_activations_in_three_dimensions_give_a_valid_optimized_model(tmp_path: Path) -> None:
+    artifact, off = steps(nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32)), rand(4, 5, 32), "iao_w8a8_sym")
+    assert fused(artifact.data, tmp_path)["QGemm"] == 2 and off < 0.03
+    session(tmp_path / "o.onnx", "off")
 
 
 @pytest.mark.parametrize("act", [nn.ReLU(), nn.Sigmoid(), nn.LeakyReLU(), nn.GELU(), nn.ReLU6()], ids=str)
