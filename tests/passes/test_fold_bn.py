@@ -58,7 +58,8 @@ def test_golden_numbers() -> None:
     """W=2, b=1, gamma=0.5, beta=0.1, mu=0.2, sigma=0.5 give 2 and 0.9."""
     conv, bn = nn.Conv1d(1, 1, 1), nn.BatchNorm1d(1, eps=0.0)
     with torch.no_grad():
-        for t, v in ((conv.weight, 2.0), (conv.bias, 1.0), (bn.weight, 0.5), (bn.bias, 0.1), (bn.running_mean, 0.2), (bn.running_var, 0.25)):
+        values = {conv.weight: 2.0, conv.bias: 1.0, bn.weight: 0.5, bn.bias: 0.1, bn.running_mean: 0.2, bn.running_var: 0.25}
+        for t, v in values.items():
             t.fill_(v)  # type: ignore[union-attr]
     new = folding.fold_back(conv, *folding.bn_affine(bn))
     assert new.weight.item() == 2.0 and new.bias.item() == pytest.approx(0.9, abs=1e-7)  # type: ignore[union-attr,operator]
@@ -213,15 +214,28 @@ def hooked() -> nn.Module:
     return net
 
 
+IMAGE = (2, 3, 6, 6)
 REFUSED: dict[str, tuple[Any, tuple[int, ...], str]] = {
-    "two-users": (TwoUsers, (2, 3, 6, 6), "conv, before it, has 2 users"),
-    "also-output": (BothOut, (2, 3, 6, 6), "conv, before it, has 2 users"),
-    "pre-activation": (lambda: seq(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3)), (2, 3, 6, 6), "no conv or linear layer follows directly, but relu"),
-    "border": (lambda: seq(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1)), (2, 3, 6, 6), "pads with zeros, which its shift does not reach"),
-    "batch-statistics": (lambda: seq(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)), (2, 3, 6, 6), "no running statistics"),
-    "other-axis": (lambda: seq(nn.Linear(5, 6), nn.BatchNorm1d(3)), (2, 3, 5), "runs along axis 1, but _0 gives its channels on axis 2"),
-    "mixed": (lambda: seq(nn.Conv2d(3, 4, 3), m.Reshape((-1, 8, 18)), nn.BatchNorm1d(8)), (2, 3, 8, 8), "mixes its channels with other axes"),
-    "hooks": (hooked, (2, 3, 6, 6), "_0 has forward hooks"),
+    "two-users": (TwoUsers, IMAGE, "conv, before it, has 2 users"),
+    "also-output": (BothOut, IMAGE, "conv, before it, has 2 users"),
+    "pre-activation": (
+        lambda: seq(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3)),
+        IMAGE,
+        "before it, but input; no conv or linear layer follows directly, but relu",
+    ),
+    "border": (lambda: seq(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1)), IMAGE, "pads with zeros, which its shift does not reach"),
+    "batch-statistics": (
+        lambda: seq(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False)),
+        IMAGE,
+        "no running statistics",
+    ),
+    "other-axis": (lambda: seq(nn.Linear(5, 6), nn.BatchNorm1d(3)), (2, 3, 5), "along axis 1, but _0 gives its channels on axis 2"),
+    "mixed": (
+        lambda: seq(nn.Conv2d(3, 4, 3), m.Reshape((-1, 8, 18)), nn.BatchNorm1d(8)),
+        (2, 3, 8, 8),
+        "mixes its channels with other axes",
+    ),
+    "hooks": (hooked, IMAGE, "_0 has forward hooks"),
 }
 
 
