@@ -20,6 +20,7 @@ from torch.fx import Node
 
 from fxq import modules as m
 from fxq import numerics
+from fxq.errors import FxqError
 from fxq.graph import shape
 from fxq.spec import QParams
 
@@ -74,14 +75,14 @@ def _exact_sum(a: tuple[int, int], w: Tensor, dims: tuple[int, ...]) -> torch.dt
     """The float type in which every partial sum of ``w`` times values in ``a`` is an exact integer.
 
     Raises:
-        OverflowError: when the runtime's int32 accumulator could overflow.
+        FxqError: when the runtime's int32 accumulator could overflow.
     """
     lo, hi = a
     up = torch.maximum(w * hi, w * lo).clamp(min=0).sum(dims, dtype=torch.float64).max()
     down = torch.minimum(w * hi, w * lo).clamp(max=0).sum(dims, dtype=torch.float64).min()
     bound = max(float(up), -float(down))
     if bound >= INT32:
-        raise OverflowError(f"an integer sum can reach {bound:.3g}, beyond int32")
+        raise FxqError(f"an integer sum can reach {bound:.3g}, beyond int32", way_out="Leave the layer in float with skip=")
     return torch.float32 if bound < EXACT_FLOAT32 and _ieee() else torch.float64
 
 
@@ -102,7 +103,7 @@ def accumulate(module: m.Quantized, x: Codes) -> tuple[Tensor, Tensor]:
         ``acc`` int64 in the layer's output shape; ``scale`` float32.
 
     Raises:
-        OverflowError: when the runtime's int32 accumulator could overflow.
+        FxqError: when the runtime's int32 accumulator could overflow.
     """
     wq, op = module.weight_grid.qparams, module.op
     codes = module.weight_codes().to(torch.float32)

@@ -41,8 +41,9 @@ def choose_qparams(lo: Tensor, hi: Tensor, spec: QuantSpec) -> QParams:
         top = torch.maximum(-lo, hi) if spec.qmin < 0 else hi
         scale = top / spec.qmax
     else:
-        # A range wider than float32 can hold as a difference is halved first.
-        scale = hi / (spec.qmax - spec.qmin) - lo / (spec.qmax - spec.qmin) if bool(torch.isinf(hi - lo).any()) else (hi - lo) / (spec.qmax - spec.qmin)
+        steps = spec.qmax - spec.qmin
+        # Where a range is wider than float32 can hold as a difference, its ends are divided first.
+        scale = torch.where(torch.isinf(hi - lo), hi / steps - lo / steps, (hi - lo) / steps)
     dead = scale < TINY
     if bool(dead.any()):
         alive = scale[~dead] if scale.ndim else scale.new_empty(0)
@@ -128,7 +129,10 @@ def quantize_bias(bias: Tensor, qp: QParams) -> Tensor:
 
 
 def widen_for_bias(weight_qp: QParams, bias: Tensor, input_qp: QParams) -> QParams:
-    """Raise weight scales where the int32 bias would overflow: ``s_w >= |b| / (s_a * (2^31-1))``."""
+    """Raise weight scales where the int32 bias would take more than half of int32 (the other half is for the sums).
+
+    ``s_w >= |b| / (s_a * 2^30)``, per channel where the weight's scale is.
+    """
     floor = bias.detach().abs().to(torch.float64) / (input_qp.scale.to(torch.float64) * (INT32_MAX // 2))
     floor = floor.to(torch.float32)
     if weight_qp.scale.ndim == 0:

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
 from onnx import numpy_helper
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fxq import modules as m
+from fxq.backends.onnxruntime import session
 from fxq.backends.reference import Reference, Step, value_name
 from fxq.errors import ArtifactError
 from fxq.graph import kind, module_of
@@ -133,30 +133,13 @@ def load(artifact: str | os.PathLike[str] | bytes) -> onnx.ModelProto:
     return model
 
 
-def session(model: bytes, level: str = "ORT_ENABLE_ALL", save: str | None = None) -> ort.InferenceSession:
-    """A CPU session at an optimization level; the optimized graph goes to ``save``.
-
-    Raises:
-        ArtifactError: when the runtime does not load the model.
-    """
-    options = ort.SessionOptions()
-    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
-    options.log_severity_level = 4
-    if save is not None:
-        options.optimized_model_filepath = save
-    try:
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as e:
-        raise ArtifactError(f"ONNX Runtime does not load it: {str(e).splitlines()[0]}", way_out="Lower the model again") from e
-
-
 class _Exposed:
     """The fused graph with every tensor visible; results are fetched in chunks, so that big nets fit in memory."""
 
     def __init__(self, model: bytes, steps: Sequence[Step], outputs: dict[Node, str]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = str(Path(folder) / "fused.onnx")
-            session(model, "ORT_ENABLE_EXTENDED", path)
+            session(model, "extended", save_optimized=path, float_matmul=True)
             fused = onnx.load(path)
         self.producer = {t: n.op_type for n in fused.graph.node for t in n.output if t}
         self.merged = {t for n in fused.graph.node for t in n.output if any(i.startswith("DoubleQDQRemoved_") for i in n.input)}
@@ -166,7 +149,7 @@ class _Exposed:
         for t in dict.fromkeys(tensors.values()):
             if t not in self.outputs:
                 fused.graph.output.append(onnx.ValueInfoProto(name=t))
-        self.session = session(fused.SerializeToString(), "ORT_DISABLE_ALL")
+        self.session = session(fused.SerializeToString(), "off", float_matmul=True)
         floats = {o.name for o in self.session.get_outputs() if o.type == "tensor(float)"}
         self.tensors = {s: t for s, t in tensors.items() if (t in floats) == s.gives_float}
         self._feed: dict[str, Any] = {}
@@ -336,10 +319,12 @@ def verify(
 
     Raises:
         ArtifactError: damaged or foreign file, or inputs that do not fit it.
+
+    Weight-only matrix products run in float32 here (see :func:`fxq.backends.onnxruntime.session`).
     """
     model = load(artifact)
     raw = model.SerializeToString()
-    full, reference = session(raw), Reference(gm)
+    full, reference = session(raw, float_matmul=True), Reference(gm)
     names = list(input_names or [str(n.target) for n in gm.graph.nodes if n.op == "placeholder"])
     outputs = [o.name for o in full.get_outputs()]
     _require_own(model, reference, names, [i.name for i in full.get_inputs()])

@@ -50,6 +50,8 @@ class QuantSpec:
             raise SchemeError(f"unknown kind of grid {self.kind!r}", way_out="Use affine, binary, ternary or codebook")
         if self.narrow and not self.signed:
             raise SchemeError("a narrow grid must be signed", way_out="Drop narrow=True or set signed=True")
+        if self.kind == "affine" and (self.qmax == self.qmin or (self.symmetric and self.qmax == 0)):
+            raise SchemeError("a signed grid of 1 bit has no positive code", way_out="Use 2 bits, or kind='binary'")
 
     @property
     def qmin(self) -> int:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from fxq import kernels
 from fxq import modules as m
+from fxq.errors import FxqError
 from fxq.kernels import Codes
 from fxq.numerics import bias_qparams
 from fxq.spec import QParams, QuantSpec
@@ -23,7 +23,14 @@ Rng = np.random.Generator
 
 
 def fused(
-    op: str, order: Sequence[str], feeds: dict[str, Tensor], constants: dict[str, Tensor], out: torch.dtype, threads: int = 1, domain: str = "com.microsoft", **attrs: Any
+    op: str,
+    order: Sequence[str],
+    feeds: dict[str, Tensor],
+    constants: dict[str, Tensor],
+    out: torch.dtype,
+    threads: int = 1,
+    domain: str = "com.microsoft",
+    **attrs: Any,
 ) -> Tensor:
     """Output of one fused operator; ``order`` names its inputs ("" leaves one out)."""
     graph = helper.make_graph(
@@ -265,7 +272,7 @@ def test_int32_overflow_is_refused() -> None:
     qp = QParams(QuantSpec.parse("s8n/pt"), torch.tensor(1.0), torch.tensor(0, dtype=torch.int32))
     nn.init.constant_(op.weight, 127.0)
     x = Codes(torch.zeros(1, 70000, dtype=torch.uint8), QParams(U8, torch.tensor(1.0), torch.tensor(0, dtype=torch.int32)))
-    with pytest.raises(OverflowError, match="beyond int32"):
+    with pytest.raises(FxqError, match="beyond int32"):
         kernels.accumulate(m.Quantized(op, qp), x)
 
 
