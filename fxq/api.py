@@ -21,9 +21,11 @@ from fxq.passes.annotate import Annotate
 from fxq.passes.calibrate import Calibrate
 from fxq.passes.canonicalize import Canonicalize
 from fxq.passes.convert import Convert
+from fxq.passes.correct_bias import CorrectBias
 from fxq.passes.fold_bn import FoldBN
 from fxq.passes.legalize import Legalize
 from fxq.passes.propagate_shapes import PropagateShapes
+from fxq.passes.round_weights import RoundWeights
 from fxq.passes.share_qparams import ShareQParams
 from fxq.pipeline import Pass, PassContext, Pipeline, Progress, no_progress
 from fxq.schemes import Scheme
@@ -58,6 +60,10 @@ def pipeline_for(scheme: Scheme, observer: str | None = None) -> Pipeline:
     front: tuple[Pass, ...] = (Canonicalize(), PropagateShapes(), FoldBN(), Legalize(), Annotate())
     if scheme.method == "static":
         back: tuple[Pass, ...] = (ShareQParams(), Calibrate(observer=observer), Convert())
+        if scheme.weight_rounding == "feedback":
+            back = (*back, RoundWeights())
+        elif scheme.bias_correction:
+            back = (*back, CorrectBias())
         return Pipeline((*front, *back))
     return Pipeline((*front, ShareQParams(), Calibrate(observer=observer), Convert()))
 

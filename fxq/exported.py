@@ -13,8 +13,6 @@ from torch.utils import _pytree as pytree
 
 from fxq.tracers import input_names, tidy
 
-_CHECKS = ("_guards", "_assert", "sym_constrain", "_check")
-
 
 def export(root: nn.Module, example: tuple[Any, ...]) -> tuple[GraphModule, str]:
     """Export ``root``; first with a dynamic batch, then with the example's.
@@ -53,7 +51,7 @@ def program_module(program: ExportedProgram) -> GraphModule:
 
 
 def plain(gm: GraphModule, example: tuple[Any, ...], names: list[str]) -> GraphModule:
-    """``gm`` with one placeholder per example input, the outputs in their structure, and no checks of the inputs.
+    """``gm`` with one placeholder per example input and the outputs in their structure; unused nodes, so all checks, are gone.
 
     A graph whose code generator does not flatten its inputs is only tidied.
     """
@@ -74,7 +72,7 @@ def plain(gm: GraphModule, example: tuple[Any, ...], names: list[str]) -> GraphM
             flat = node.args[0] if isinstance(node.args[0], (tuple, list)) else [node.args[0]]
             out = torch.fx.node.map_arg(list(flat), lambda n: values[n])
             graph.output(pytree.tree_unflatten(out, info.out_spec) if info.out_spec is not None else node.args[0])
-        elif node.op != "placeholder" and not any(c in str(node.target) for c in _CHECKS):
+        elif node.op != "placeholder":
             values[node] = graph.node_copy(node, lambda n: values[n])
     return tidy(GraphModule(gm, graph, type(gm).__name__))
 
