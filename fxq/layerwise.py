@@ -106,7 +106,10 @@ def corrected(gm: GraphModule, node: Node, outputs: list[Pair], int32_bias: bool
     shift = torch.stack([channel_mean(op, f) - channel_mean(op, q) for f, q in outputs])
     weight = torch.tensor([float(len(f)) for f, _ in outputs], dtype=torch.float64, device=shift.device)
     error = (weight[:, None] * shift).sum(0) / weight.sum()
-    bias = error if op.bias is None else op.bias.detach().to(torch.float64) + error
+    if op.bias is None:
+        return with_parameters(gm, node, op.weight, error.to(torch.float32), int32_bias)
+    used = op.bias if layer.bias_grid is None else layer.bias_grid(op.bias)  # the error was measured with the rounded bias
+    bias = used.detach().to(torch.float64) + error
     return with_parameters(gm, node, op.weight, bias.to(torch.float32), int32_bias)
 
 
