@@ -11,7 +11,6 @@ from torch.fx import GraphModule, Interpreter, Node
 from fxq.graph import compare_shapes, tree_shape
 from fxq.modules import kind_of
 
-
 SAME_SHAPE = frozenset(
     "batch_norm layer_norm group_norm instance_norm relu clamp leaky_relu prelu elu selu sigmoid hardsigmoid hardswish silu mish tanh gelu "
     "softplus softmax log_softmax fake_quantize".split()
