@@ -69,8 +69,21 @@ def propagate(gm: GraphModule, example: tuple[Any, ...]) -> None:
         if node.op == "output":
             continue
         other = two[node]
-        if isinstance(value, (int, float, bool)):
-            node.meta.update(value=value, dynamic=value != other)
+        for key in ("value", "other"):
+            node.meta.pop(key, None)
+        if _is_plain(value):
+            node.meta.update(value=_as_python(value), other=_as_python(other), shape=None, dtype=None, dynamic=value != other)
             continue
         node.meta.update(shape=tree_shape(value), dynamic=compare_shapes(tree_shape(value), tree_shape(other)))
         node.meta["dtype"] = [getattr(v, "dtype", None) for v in value] if isinstance(value, (tuple, list)) else getattr(value, "dtype", None)
+
+
+def _is_plain(value: Any) -> bool:
+    """Numbers, names, types and sequences of them: no tensor."""
+    if isinstance(value, (tuple, list)):
+        return all(_is_plain(v) for v in value)
+    return value is None or isinstance(value, (int, float, bool, str, torch.dtype, torch.device, torch.memory_format, torch.layout))
+
+
+def _as_python(value: Any) -> Any:
+    return tuple(_as_python(v) for v in value) if isinstance(value, tuple) else value
