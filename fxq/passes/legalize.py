@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch.fx import GraphModule
 
-from fxq import forms, forms_tidy
+from fxq import forms, forms_shuffle, forms_tidy
 from fxq.errors import PassError, nearest
 from fxq.pipeline import Pass, PassContext
 
@@ -21,6 +21,7 @@ FORMS: dict[str, forms.Form] = {
     "merge-pad": forms.merge_pad,
     "relu-first": forms.relu_first,
     "prelu": forms.prelu,
+    "shuffle": forms_shuffle.shuffle,
 }
 ALWAYS = ("tidy", "merge-pad")
 """Forms that save operations in float arithmetic as well."""
