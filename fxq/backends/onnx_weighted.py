@@ -112,8 +112,7 @@ def _pair(w: Writer, x: str, qp: QParams) -> str:
 def weight_only(w: Writer, node: Node, module: m.Quantized) -> str:
     """Integer weights, float arithmetic.
 
-    A linear layer becomes DequantizeLinear([K, N]) -> MatMul, which ONNX Runtime turns into MatMulNBits. Its bias is subtracted, negated:
-    after an Add the runtime makes a Gemm of the pair first, and a Gemm with an activation dequantizes its weight on every call.
+    A linear layer becomes DequantizeLinear([K, N]) -> MatMul -> Add, which ONNX Runtime turns into MatMulNBits.
     A conv's weight is written as Cast -> Sub -> Mul: constant folding expands it once at load, where a DequantizeLinear would run
     on every call.
     """
@@ -121,7 +120,7 @@ def weight_only(w: Writer, node: Node, module: m.Quantized) -> str:
     if not isinstance(op, nn.Linear):
         return _layer(w, node, op, _folded(w, out, module), _float_bias(w, node, op))
     y = w.op("MatMul", [w.input(node), _columns(w, out, module)], out if op.bias is None else f"{out}/matmul")
-    return y if op.bias is None else w.op("Sub", [y, w.const(f"{out}/minus_bias", -op.bias)], out)
+    return y if op.bias is None else w.op("Add", [y, *_float_bias(w, node, op)], out)
 
 
 def _columns(w: Writer, out: str, module: m.Quantized) -> str:

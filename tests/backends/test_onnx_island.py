@@ -65,6 +65,22 @@ class Expm1(nn.Module):
         return self.op(x)
 
 
+class Sized(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = torch.cumsum(x, 1)
+        return torch.flip(a, [1]).view(self.act(a).size(0), 3, 2)
+
+
+def test_a_size_counts_as_a_path() -> None:
+    """The view takes its size behind the module, which takes the first region's value: two regions or a cycle."""
+    artifact = same(Sized(), rand(2, 6))
+    assert artifact.info["islands"] == [["cumsum", "flip"], ["view"]]
+
+
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()

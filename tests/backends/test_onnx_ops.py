@@ -1,6 +1,7 @@
 """Each float emitter of the ONNX writer against torch, on two batch sizes."""
 
 import importlib.util
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ UNARY: list[tuple[nn.Module, tuple[int, ...]]] = [
     (nn.AdaptiveAvgPool3d((2, 4, 3)), CUBE),
     (nn.AdaptiveMaxPool2d((4, 3)), IMAGE),
     (nn.AdaptiveMaxPool2d((12, 1)), IMAGE),
-    (nn.PixelShuffle(2), IMAGE),
+    (nn.PixelShuffle(2), (2, 8, 3, 5)),
     (m.Reshape((None, -1, 7)), IMAGE),
     (m.Reshape((-1, 252)), IMAGE),
     (m.Expand((-1, 3, 6)), (2, 1, 6)),
@@ -163,6 +164,17 @@ def test_float_form_equals_torch(op: nn.Module, sizes: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("op", RESIZES, ids=str)
 def test_resize_equals_torch(op: nn.Module) -> None:
     same(On1(op), rand(*IMAGE))
+
+
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact"])
+def test_nearest_picks_torchs_neighbours_for_any_size(mode: str) -> None:
+    """Among them sizes where the runtime's own float32 arithmetic picks others (6 -> 10 and 14, 16 by 1.2): these become Gathers."""
+    ops = Counter[str]()
+    for size, wanted in [(6, 10), (6, 14), (6, 5), (6, 7), (2, 82), (7, 14), (9, 4), (13, 29), (11, 11), (5, 64), (38, 61), (20, 33)]:
+        ops.update(same(On1(m.Resize((wanted, size), None, mode)), rand(1, 2, size, wanted)).info["ops"])
+    for size, scale in [(16, 1.2), (16, 2.3), (17, 0.3), (17, 0.6), (18, 2.9), (18, 2.4), (7, 3.0), (12, 0.5)]:
+        ops.update(same(On1(m.Resize(None, (scale, 1.0), mode)), rand(1, 2, size, 3)).info["ops"])
+    assert ops["Gather"] > 0 and ops["Resize"] > 0
 
 
 def test_resize_of_other_ranks() -> None:

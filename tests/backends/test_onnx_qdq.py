@@ -245,3 +245,5 @@ def test_names_follow_the_modules() -> None:
     assert {"stem/weight_q", "stem/weight_scale", "stem/weight_zero", "stem/bias_q", "stem/bias_scale", "stem/bias_zero", "x_q_scale"} <= set(stored)
     assert stored["stem/bias_q"].data_type == onnx.TensorProto.INT32 and list(stored["x_q_scale"].dims) == []
     assert [n.name for n in model.graph.node] == [n.output[0] for n in model.graph.node]
+    axes = {n.name: [a.i for a in n.attribute] for n in model.graph.node if n.op_type == "DequantizeLinear"}
+    assert axes["stem/weight/dq"] == axes["stem/bias/dq"] == [0] and axes["x_q/dq"] == []  # the runtime's fusion does not look, others do
