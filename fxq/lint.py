@@ -1,0 +1,227 @@
+"""What ONNX Runtime will execute in integers, predicted from a Q/DQ file alone (:func:`lint`), and what it did (:func:`runtime_report`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError
+
+from fxq.errors import ArtifactError, TargetError, nearest
+from fxq.lint_graph import BYTES, DQ, FLOATS, Net, Op, Q
+from fxq.lint_rules import KERNELS, ON_CODES, Blocked, fuse, match
+from fxq.lint_steps import BEFORE, absorb_clips, drop_dq_q, one_reader_per_dq, signed_to_unsigned
+
+TARGETS = {"onnxruntime": "ONNX Runtime, CPU provider, all optimizations"}
+GONE = "gone"
+Source = bytes | str | os.PathLike[str] | onnx.ModelProto
+
+
+@dataclass(frozen=True)
+class OpReport:
+    """How one node of the file runs.
+
+    Attributes:
+        node: its name, or its first output's when it has none.
+        op: operator type.
+        runs: ``int8``, ``float``, or ``gone`` (removed or merged; only in :func:`runtime_report`).
+        kernel: operator that does the work, e.g. ``QLinearConv``.
+        why: for ``float``, the rule that blocked the integer kernel.
+    """
+
+    node: str
+    op: str
+    runs: str
+    kernel: str
+    why: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.node}: {self.runs}" + (f", {self.why}" if self.why else f" ({self.kernel})")
+
+
+@dataclass(frozen=True)
+class LintReport:
+    """How each compute node runs, and how many Q and DQ nodes are left after optimization."""
+
+    ops: tuple[OpReport, ...]
+    q_left: int
+    dq_left: int
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Operator type -> (nodes in int8, nodes in float)."""
+        tally = Counter((o.op, o.runs) for o in self.ops)
+        types = dict.fromkeys(o.op for o in self.ops)
+        return {t: (tally[t, "int8"], tally[t, "float"]) for t in types}
+
+    def __str__(self) -> str:
+        parts = [f"{op.lower()} {i}/{i + f} int8" for op, (i, f) in self.counts().items() if i + f]
+        head = ", ".join([*parts, f"{self.q_left} Q + {self.dq_left} DQ left"])
+        return "\n".join([head, *(f"  {o}" for o in self.ops if o.runs == "float")])
+
+    def to_json(self) -> str:
+        """The report as a JSON object."""
+        body = {"ops": [asdict(o) for o in self.ops], "q_left": self.q_left, "dq_left": self.dq_left, "counts": self.counts()}
+        return json.dumps(body, indent=1)
+
+
+def lint(model: Source, target: str = "onnxruntime") -> LintReport:
+    """Predict how the target executes a Q/DQ file; reads the file only, runs nothing.
+
+    Args:
+        model: bytes, path or ModelProto of any ONNX file with Q/DQ nodes.
+        target: runtime; ``onnxruntime``.
+
+    Raises:
+        TargetError: for an unknown target; the nearest one is offered.
+        ArtifactError: when the file cannot be read.
+    """
+    if target not in TARGETS:
+        raise TargetError(f"no lint rules for target {target!r}", way_out=nearest(target, TARGETS))
+    net = Net(load(model))
+    nodes = compute_nodes(net)
+    one_reader_per_dq(net)
+    net.until_stable(BEFORE)
+    absorb_clips(net)
+    signed_to_unsigned(net)
+    for op in net:
+        if op.is_q or op.is_dq:
+            continue
+        try:
+            fuse(net, op, match(net, op))
+        except Blocked as reason:
+            op.why = str(reason)
+    drop_dq_q(net)
+    carriers = {index: op for op in net.ops for index in op.origins if op.alive or op.is_q}
+    ops = tuple(_predicted(net, index, op, carriers.get(index)) for index, op in nodes.items() if index in carriers)
+    return LintReport(ops, sum(op.is_q for op in net), sum(op.is_dq for op in net))
+
+
+def load(model: Source) -> onnx.ModelProto:
+    """ModelProto of bytes, a path or itself.
+
+    Raises:
+        ArtifactError: when it is no ONNX file.
+    """
+    if isinstance(model, onnx.ModelProto):
+        return model
+    where = "artifact" if isinstance(model, bytes) else os.fspath(model)
+    try:
+        data = model if isinstance(model, bytes) else Path(model).read_bytes()
+        proto = onnx.load_from_string(data)
+    except OSError as e:
+        raise ArtifactError(f"cannot be read: {e.strerror or e}", where=where) from e
+    except DecodeError as e:
+        raise ArtifactError("is not a whole ONNX file", where=where, way_out="Lower the model again") from e
+    if not proto.graph.node:
+        raise ArtifactError("holds no ONNX graph", where=where, way_out="Give an .onnx file")
+    return proto
+
+
+def compute_nodes(net: Net) -> dict[int, OpReport]:
+    """Nodes of the file that compute with values: position -> name and type. Q, DQ, constants and shape arithmetic are none."""
+    constant = set(net.const_names)
+    nodes: dict[int, OpReport] = {}
+    for op in net:
+        given = [name for name in op.inputs if name]
+        if given and all(name in constant for name in given):
+            constant.update(op.outputs)
+            continue
+        kinds = {net.types.get(name, 0) for name in (*given, *op.outputs) if name not in constant}
+        if op.is_q or op.is_dq or op.op in ("Shape", "Size", "Identity", "Dropout") or not kinds & {0, *FLOATS, *BYTES}:
+            continue
+        nodes[op.origins[0]] = OpReport(op.name or op.outputs[0], op.op, "float", op.op)
+    return nodes
+
+
+def _predicted(net: Net, index: int, node: OpReport, carrier: Op | None) -> OpReport:
+    if carrier is None or carrier.is_q:
+        return OpReport(node.node, node.op, "int8", Q)
+    kernel = carrier.kernel or (carrier.op if carrier.op in KERNELS or _on_codes(net, carrier) else "")
+    if kernel:
+        return OpReport(node.node, node.op, "int8", kernel)
+    return OpReport(node.node, node.op, "float", carrier.op, carrier.why)
+
+
+def _on_codes(net: Net, op: Op) -> bool:
+    return bool(op.inputs) and net.types.get(op.inputs[0], 0) in BYTES
+
+
+def runtime_report(model: Source) -> LintReport:
+    """What ONNX Runtime makes of the file: it is loaded and its optimized graph classified.
+
+    Raises:
+        ArtifactError: when the file cannot be read or the runtime refuses it.
+    """
+    proto = onnx.ModelProto()
+    proto.CopyFrom(load(model))
+    nodes = compute_nodes(Net(proto))
+    for index, node in enumerate(proto.graph.node):
+        node.name = f"fxq{index}_"
+    optimized = optimize(proto)
+    found: dict[int, onnx.NodeProto] = {}
+    for node in optimized.graph.node:
+        for hit in re.findall(r"fxq(\d+)_", node.name):
+            found.setdefault(int(hit), node)
+    types = _types_of(optimized)
+    ops = tuple(_actual(proto, index, node, found, types) for index, node in nodes.items())
+    tally = Counter(n.op_type for n in optimized.graph.node)
+    return LintReport(ops, tally[Q], tally[DQ])
+
+
+def optimize(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph that ONNX Runtime's CPU provider executes, all optimizations on."""
+    from fxq.backends.onnxruntime import session
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimized.onnx"
+        session(proto.SerializeToString(), save_optimized=path)
+        return onnx.load(path)
+
+
+def _types_of(model: onnx.ModelProto) -> dict[str, int]:
+    """Element types in an optimized graph: it carries none, and inference knows too little of the runtime's own operators."""
+    types = {v.name: v.type.tensor_type.elem_type for v in model.graph.input} | {t.name: t.data_type for t in model.graph.initializer}
+    for node in model.graph.node:
+        first = types.get(node.input[0], 0) if node.input else 0
+        if node.op_type == Q:
+            kind = types.get(node.input[2], onnx.TensorProto.UINT8) if len(node.input) > 2 else onnx.TensorProto.UINT8
+        elif node.op_type == "QLinearConcat":
+            kind = types.get(node.input[1], 0)
+        elif node.op_type == "QGemm":
+            kind = first if len(node.input) > 8 and node.input[8] else onnx.TensorProto.FLOAT
+        elif node.op_type.startswith("QLinear") or node.op_type.removeprefix("Nhwc") in ON_CODES:
+            kind = first
+        else:
+            kind = onnx.TensorProto.FLOAT
+        types.update(dict.fromkeys(node.output, kind))
+    return types
+
+
+def _actual(proto: onnx.ModelProto, index: int, node: OpReport, found: dict[int, onnx.NodeProto], types: dict[str, int]) -> OpReport:
+    hit = found.get(index)
+    if hit is not None:
+        integer = hit.op_type in KERNELS or bool(hit.input) and types.get(hit.input[0], 0) in BYTES
+        return OpReport(node.node, node.op, "int8" if integer else "float", hit.op_type.removeprefix("Nhwc"))
+    return OpReport(node.node, node.op, GONE, "")
+
+
+def agrees(predicted: LintReport, actual: LintReport) -> list[str]:
+    """Differences between a prediction and what the runtime did; nodes that the runtime removed or merged are not compared."""
+    truth = {o.node: o for o in actual.ops}
+    lines = []
+    for o in predicted.ops:
+        real = truth.get(o.node)
+        if real is None:
+            lines.append(f"{o}: not in the runtime's report")
+        elif real.runs != GONE and (o.runs != real.runs or (o.runs == "int8" and o.kernel != real.kernel)):
+            lines.append(f"predicted {o}; the runtime: {real.runs} ({real.kernel})")
+    for what, a, b in (("QuantizeLinear", predicted.q_left, actual.q_left), ("DequantizeLinear", predicted.dq_left, actual.dq_left)):
+        if a != b:
+            lines.append(f"{what} left: predicted {a}, the runtime has {b}")
+    return lines
