@@ -50,7 +50,10 @@ def inputs(name: str) -> tuple[Any, ...]:
 def net_of(name: str) -> nn.Module:
     """The net with seeded weights, in eval mode."""
     if not name.startswith("timm:"):
-        return common.torchvision_net(name)
+        net: Any = common.torchvision_net(name)
+        if hasattr(net, "transform") and not name.startswith("ssd"):
+            net.transform.min_size, net.transform.max_size = (96,), 128
+        return net
     import timm
 
     torch.manual_seed(0)

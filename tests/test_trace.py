@@ -189,6 +189,8 @@ def test_in_place_operations_become_values() -> None:
     found = capture(model, (x(),))
     assert found.rung == "symbolic" and ops(found) == ["add", "act", "mul", "relu6", "sub"]
     assert equal(found, model, x(4, 2))
+    relu6 = next(n for n in found.gm.graph.nodes if n.target is F.relu6)  # type: ignore[union-attr]
+    assert True not in (*relu6.args, *relu6.kwargs.values())
     chain = capture(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(inplace=True), nn.ReLU6(inplace=True)), (x(),))
     assert chain.rung == "symbolic" and not any(getattr(m, "inplace", False) for m in chain.gm.modules())  # type: ignore[union-attr]
 
@@ -216,7 +218,7 @@ class View(nn.Module):
     def forward(self, a: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         y = self.fc(a)
         y[:, :2].add_(1)
-        return y, {"twice": y * 2}
+        return y, {"twice": (y * 2).to(torch.float64)}
 
 
 def test_export_rung_keeps_outputs_and_the_batch() -> None:
@@ -265,7 +267,7 @@ class Detector(nn.Module):
     def forward(self, images: list[Tensor]) -> list[Tensor]:
         maps = [self.backbone(torch.stack(images))]
         maps.append(F.max_pool2d(maps[0], 2))
-        scores = self.head(maps)
+        scores = self.head(maps=maps)
         return [self.inner(level=s)[s > 0].sort().values for s in scores]
 
 
