@@ -18,6 +18,7 @@ from torch.fx.node import map_aggregate
 
 from fxq import modules as m
 from fxq.graph import add_module, attr, copy_shape, infer_node, scope_name, shape
+from fxq.shapes import plain
 
 
 class NoForm(Exception):
@@ -226,16 +227,7 @@ def known(a: Any) -> Any:
             raise NoForm("a number in its arguments follows the batch")
         return n.meta["value"]
 
-    return _plain(map_aggregate(a, one))
-
-
-def _plain(a: Any) -> Any:
-    """fx's immutable containers as Python's own."""
-    if isinstance(a, (list, torch.Size)):
-        return [_plain(v) for v in a]
-    if isinstance(a, tuple):
-        return tuple(_plain(v) for v in a)
-    return a
+    return plain(map_aggregate(a, one))
 
 
 def name_of(node: Node) -> str:

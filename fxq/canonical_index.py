@@ -75,6 +75,35 @@ def index(at: At) -> None:
     to_reshape(at, x)
 
 
+def assignment(at: At) -> None:
+    """``x`` with ``x[slices] = value``: the pieces around the slices and the value, concatenated."""
+    x, value, index = at.tensor(), at.tensor(2, "value"), at.node.args[1]
+    given: Any = index if isinstance(index, tuple) else (index,)
+    items: list[Any] = [slice(*(known(v) for v in (i.start, i.stop, i.step))) if isinstance(i, slice) else i for i in given]
+    if Ellipsis in items:
+        where = items.index(Ellipsis)
+        items[where : where + 1] = [slice(None)] * (len(shape(x)) - len(items) + 1)
+    if not all(isinstance(i, slice) and i.step in (None, 1) for i in items):
+        raise NoForm("assigned to more than slices")
+    cuts = [(d, *i.indices(shape(x)[d])[:2]) for d, i in enumerate(items) if i != slice(None)]
+    region = list(shape(x))
+    for d, start, stop in cuts:
+        region[d] = stop - start
+    if any(x.meta["dynamic"][d] for d, _, _ in cuts) or tuple(region) != shape(value) or x.meta["dtype"] != value.meta["dtype"]:
+        raise NoForm("along the batch, or a value of another shape")
+    at.become(_written(at, x, cuts, value))
+
+
+def _written(at: At, x: Node, cuts: list[tuple[int, int, int]], value: Node) -> Node:
+    if not cuts:
+        return value
+    (d, start, stop), rest = cuts[0], cuts[1:]
+    inner = _written(at, at.new("slice", m.Slice([(d, start, stop, 1)]), x), rest, value) if rest else value
+    before = [at.new("slice", m.Slice([(d, 0, start, 1)]), x)] if start > 0 else []
+    after = [at.new("slice", m.Slice([(d, stop, shape(x)[d], 1)]), x)] if stop < shape(x)[d] else []
+    return at.new("cat", m.Cat(d), *before, inner, *after) if before or after else inner
+
+
 def _indices(at: At, item: Any, size: int) -> Tensor:
     """Constant indices as non-negative int64."""
     if isinstance(item, list) and all(is_number(v) for v in item):
@@ -160,5 +189,6 @@ def reorder_of(x: Node, chain: list[torch.nn.Module]) -> tuple[int, Tensor] | No
 
 
 INDEX: dict[str, Form] = {
-    **dict.fromkeys(("narrow", "slice", "select"), narrow), "getitem": index, "index": aten_index, "index_select": index_select, "flip": flip, "roll": roll,
+    **dict.fromkeys(("narrow", "slice", "select"), narrow), "getitem": index, "index": aten_index, "index_select": index_select,
+    "flip": flip, "roll": roll, "set_item": assignment,
 }  # fmt: skip

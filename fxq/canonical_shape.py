@@ -25,51 +25,7 @@ def cat(at: At) -> None:
     xs = [x for x in given if not (is_tensor(x) and shape(x) == (0,) and n > 1)]
     if not xs or not all(is_tensor(x) and x.meta["dtype"] == at.node.meta["dtype"] for x in xs):
         raise NoForm("tensors of several types")
-    dim = int(dim) % n
-    if token(at, xs, dim):
-        return
-    at.put("cat", m.Cat(dim), *xs)
-
-
-def token(at: At, xs: list[Node], dim: int) -> bool:
-    """A constant expanded to the batch and concatenated to a tensor: pad that tensor and add the constant in the free place.
-
-    So no size has to follow the batch (the class token of a vision transformer).
-    """
-    where = [i for i, x in enumerate(xs) if _batch_constant(x) is not None]
-    if len(where) != 1 or len(xs) != 2 or at.node.meta["dynamic"].count(True) != 1 or at.node.meta["dynamic"][dim]:
-        return False
-    i = where[0]
-    source, x = _batch_constant(xs[i]), xs[1 - i]
-    held = at.value(source)
-    if not held.is_floating_point() or x.meta["dynamic"] != at.node.meta["dynamic"]:
-        return False
-    n, batch = len(at.shape), at.node.meta["dynamic"].index(True)
-    held = held.detach().reshape((1,) * (n - held.ndim) + tuple(held.shape))
-    if held.shape[batch] != 1:
-        return False
-    held = held.expand([1 if d == batch else s for d, s in enumerate(shape(xs[i]))])
-    room = list(held.shape)
-    room[dim] = shape(x)[dim]
-    zeros = held.new_zeros(room)
-    fill = torch.cat([held, zeros] if i == 0 else [zeros, held], dim)
-    pads = [0] * (2 * n)
-    pads[2 * (n - 1 - dim) + i] = held.shape[dim]
-    at.put("token", m.Add(), at.new("pad", m.Pad(pads), x), at.constant("token", torch.nn.Parameter(fill)))
-    return True
-
-
-def _batch_constant(x: Node) -> Any:
-    """Source of a constant that is expanded to the batch, or ``None``."""
-    if x.op in ("call_function", "call_method") and name_of(x) in ("expand", "repeat", "broadcast_to", "expand_as", "tile") and any(x.meta["dynamic"]):
-        source = x.args[0]
-        if isinstance(source, Node) and source.op == "get_attr":
-            kept = name_of(x) in ("expand", "broadcast_to", "expand_as")
-            static = [s for s, d in zip(shape(x), x.meta["dynamic"], strict=True) if not d]
-            own = shape(source)
-            same = static == [s for s, d in zip((1,) * (len(shape(x)) - len(own)) + own, x.meta["dynamic"], strict=True) if not d]
-            return source if kept or same else None
-    return None
+    at.put("cat", m.Cat(int(dim) % n), *xs)
 
 
 def stack(at: At) -> None:

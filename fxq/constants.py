@@ -1,4 +1,4 @@
-"""Computes the parts of a graph that depend on parameters, buffers and numbers only."""
+"""Computes the parts of a graph that depend on parameters, buffers and numbers only, and constants repeated over the batch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 
-from fxq.canonical import add_tensor, name_of
-from fxq.graph import attr, module_of
+from fxq import modules as m
+from fxq.canonical import At, add_tensor, name_of
+from fxq.graph import attr, module_of, shape
+from fxq.shapes import plain
 
 _RANDOM = frozenset(
     "rand randn randint randperm rand_like randn_like randint_like bernoulli multinomial normal uniform poisson empty empty_like new_empty "
@@ -79,11 +81,12 @@ def _inputs(node: Node) -> list[Node]:
     return [n for n in node.all_input_nodes if n is not like]
 
 
-def _evaluate(gm: GraphModule, node: Node, values: dict[Node, Any]) -> Any:
+def _evaluate(gm: GraphModule, node: Node, values: dict[Node, Any], which: str = "value") -> Any:
+    """Value at the example's batch, or with ``which="other"`` at the second one."""
     if node in values:
         return values[node]
-    if _static(node):
-        return node.meta["value"]
+    if "value" in node.meta:
+        return node.meta[which]
     if node.op == "get_attr":
         held: Any = attr(gm, node)
         return held.detach()
@@ -94,9 +97,9 @@ def _evaluate(gm: GraphModule, node: Node, values: dict[Node, Any]) -> Any:
             return n
         if n in free:
             return torch.empty(n.meta["shape"], dtype=n.meta["dtype"])
-        return _evaluate(gm, n, values)
+        return _evaluate(gm, n, values, which)
 
-    args, kwargs = _plain(map_aggregate(node.args, one)), _plain(map_aggregate(node.kwargs, one))
+    args, kwargs = plain(map_aggregate(node.args, one)), plain(map_aggregate(node.kwargs, one))
     with torch.no_grad():
         if node.op == "call_module":
             value = module_of(gm, node)(*args, **kwargs)
@@ -107,15 +110,6 @@ def _evaluate(gm: GraphModule, node: Node, values: dict[Node, Any]) -> Any:
             value = target(*args, **kwargs)
     values[node] = value
     return value
-
-
-def _plain(a: Any) -> Any:
-    """fx's immutable containers as Python's own."""
-    if isinstance(a, list):
-        return [_plain(v) for v in a]
-    if isinstance(a, dict):
-        return {k: _plain(v) for k, v in a.items()}
-    return tuple(_plain(v) for v in a) if type(a) is tuple else a
 
 
 def _from_parameter(gm: GraphModule, node: Node) -> bool:
@@ -135,3 +129,81 @@ def _replace(gm: GraphModule, node: Node, value: Tensor, found: set[Node]) -> No
     new.meta.update({k: v for k, v in node.meta.items() if k in ("shape", "dynamic", "dtype", "nn_module_stack")})
     found.add(new)
     node.replace_all_uses_with(new)
+
+
+def fold_repeated(gm: GraphModule) -> int:
+    """Take out constants that are repeated over the batch (a class token): no size has to follow the batch any more.
+
+    Where such a value is added or multiplied, broadcasting repeats it. Where it is concatenated to a tensor, that tensor is
+    padded and the constant is added in the free place.
+
+    Returns:
+        How many readers were changed.
+    """
+    repeated: dict[Node, bool] = {}
+    for node in gm.graph.nodes:
+        if node.op in ("call_function", "call_method", "call_module") and "value" not in node.meta:
+            sources = node.all_input_nodes
+            tensors = [n for n in sources if "value" not in n.meta]
+            constant = all(n in repeated or n.op == "get_attr" for n in tensors) and not (node.op == "call_module" and module_of(gm, node).training)
+            if constant and sources and (node.op == "call_module" or name_of(node) not in _RANDOM):
+                repeated[node] = True
+    done = 0
+    values: tuple[dict[Node, Any], dict[Node, Any]] = ({}, {})
+    for node in repeated:
+        for user in list(node.users):
+            if user not in repeated and user.op != "output":
+                one = _single(gm, node, values)
+                done += one is not None and (_token(gm, user, node, one) or _broadcast(gm, user, node, one))
+    return done
+
+
+def _single(gm: GraphModule, node: Node, values: tuple[dict[Node, Any], dict[Node, Any]]) -> Tensor | None:
+    """The one sample that the value repeats over the batch (size 1 there), or ``None``."""
+    dynamic = node.meta.get("dynamic")
+    if not isinstance(dynamic, tuple) or dynamic.count(True) != 1:
+        return None
+    dim = dynamic.index(True)
+    try:
+        both = [_evaluate(gm, node, table, which) for table, which in zip(values, ("value", "other"), strict=True)]
+    except Exception:
+        return None
+    one: Tensor = both[0].narrow(dim, 0, 1)
+    if not one.is_floating_point() or any(not torch.equal(v, one.expand_as(v)) for v in both):
+        return None
+    one = one.detach().clone(memory_format=torch.contiguous_format)
+    return nn.Parameter(one) if _from_parameter(gm, node) else one
+
+
+def _token(gm: GraphModule, user: Node, node: Node, one: Tensor) -> bool:
+    """``cat([constant, x])`` is ``pad(x) + constant``."""
+    xs: Any = user.args[0] if user.args else None
+    if user.op == "call_module" or name_of(user) not in ("cat", "concat", "concatenate") or not isinstance(xs, (tuple, list)) or len(xs) != 2:
+        return False
+    i = list(xs).index(node)
+    x, n, at = xs[1 - i], len(shape(user)), At(gm, user)
+    dim = int(at.arg(1, "dim", at.arg(1, "axis", 0))) % n
+    dynamic = user.meta["dynamic"]
+    if x is node or x.meta["dynamic"] != dynamic or dynamic != node.meta["dynamic"] or dynamic[dim] or x.meta["dtype"] != one.dtype:
+        return False
+    room = list(one.shape)
+    room[dim] = shape(x)[dim]
+    zeros = one.new_zeros(room)
+    fill = torch.cat([one.detach(), zeros] if i == 0 else [zeros, one.detach()], dim)
+    pads = [0] * (2 * (n - dim))
+    pads[2 * (n - 1 - dim) + i] = one.shape[dim]
+    held = at.constant("token", nn.Parameter(fill) if isinstance(one, nn.Parameter) else fill)
+    at.put("token", m.Add(), at.new("pad", m.Pad(pads), x), held)
+    return True
+
+
+def _broadcast(gm: GraphModule, user: Node, node: Node, one: Tensor) -> bool:
+    """Arithmetic with a tensor that has the batch itself."""
+    others = [a for a in user.args if isinstance(a, Node) and a is not node]
+    if user.op == "call_module" or name_of(user) not in ("add", "iadd", "sub", "mul", "imul", "div", "truediv") or len(others) != 1:
+        return False
+    x = others[0]
+    if shape(x) != shape(user) or x.meta["dynamic"] != user.meta["dynamic"]:
+        return False
+    user.replace_input_with(node, At(gm, user).constant("repeated", one))
+    return True

@@ -12,7 +12,12 @@ from torch.fx.node import map_aggregate
 
 from fxq.canonical import add_tensor, is_tensor
 from fxq.concrete import ConcreteProxy, ConcreteTracer, set_item
-from fxq.graph import module_of, scope_name
+from fxq.graph import attr, module_of, scope_name
+from fxq.shapes import plain
+from fxq.snapshot import distance
+
+_NEAR = 1e-4
+_RESHAPES = ("view", "reshape", "unsqueeze", "squeeze", "flatten", "view_as", "reshape_as")
 
 
 class CannotInline(RuntimeError):
@@ -37,20 +42,7 @@ class _Call(nn.Module):
             return table[n] if isinstance(n, Node) else n
 
         call = self.inner.forward if hasattr(self, "inner") else self.fn
-        return call(*_plain(map_aggregate(self.args, fill)), **_plain(map_aggregate(self.kwargs, fill)))
-
-
-def _plain(a: Any) -> Any:
-    """fx's immutable containers as Python's own."""
-    if issubclass(type(a), Proxy):
-        return a
-    if type(a).__name__ == "immutable_list":
-        return [_plain(v) for v in a]
-    if type(a).__name__ == "immutable_dict" or type(a) is dict:
-        return {k: _plain(v) for k, v in a.items()}
-    if type(a) is tuple:
-        return tuple(_plain(v) for v in a)
-    return a
+        return call(*plain(map_aggregate(self.args, fill)), **plain(map_aggregate(self.kwargs, fill)))
 
 
 class _Tracer(ConcreteTracer):
@@ -89,9 +81,11 @@ class _Tracer(ConcreteTracer):
         if changes and issubclass(type(args[0]), ConcreteProxy):
             return self._changed(str(target), args, kwargs)
         made = super().create_proxy(kind, target, args, kwargs, *rest, **more)
-        if kind == "call_function" and getattr(target, "__name__", "") == "getitem" and issubclass(type(made), ConcreteProxy):
-            self.views[id(made)] = (args[0], args[1])
-            self._keep.append(made)
+        if issubclass(type(made), ConcreteProxy) and args and issubclass(type(args[0]), ConcreteProxy):
+            name = str(getattr(target, "__name__", target))
+            if name == "getitem" or name in _RESHAPES:
+                self.views[id(made)] = (args[0], args[1] if name == "getitem" else _RESHAPES)
+                self._keep.append(made)
         return made
 
     @property
@@ -109,9 +103,14 @@ class _Tracer(ConcreteTracer):
         else:
             raise CannotInline(f"it changes a tensor in place with {method}")
         x.node = new.node
-        if id(x) in self.views:
-            base, index = self.views[id(x)]
-            base.node = super().create_proxy("call_function", set_item, (base, index, x), {}).node
+        view = x
+        while id(view) in self.views:
+            base, index = self.views[id(view)]
+            if index is _RESHAPES:
+                base.node = super().create_proxy("call_method", "view_as", (view, base), {}).node
+            else:
+                base.node = super().create_proxy("call_function", set_item, (base, index, view), {}).node
+            view = base
         return x
 
 
@@ -142,7 +141,38 @@ def inline(gm: GraphModule, node: Node, fn: Callable[..., Any] | None, batch: in
     calls = [n for n in graph.nodes if n.op.startswith("call")]
     if any(n.target is target or n.op == "call_module" and root.get_submodule(str(n.target)) is target for n in calls):
         raise CannotInline("tracing gives the same call again")
+    if not _same(gm, root, graph, inputs):
+        raise CannotInline("its trace does not compute the same")
     return _splice(gm, node, root, graph, inputs)
+
+
+def _same(gm: GraphModule, root: nn.Module, graph: Any, inputs: list[Node]) -> bool:
+    """Does the traced graph give what the call gives, on random inputs?"""
+    generator = torch.Generator().manual_seed(0)
+    values = [_random(gm, n, generator) for n in inputs]
+    with torch.no_grad():
+        want = root(*(_copied(v) for v in values))
+        got = GraphModule(root, graph)(*(_copied(v) for v in values))
+    return distance(want, got) < _NEAR
+
+
+def _copied(value: Any) -> Any:
+    return torch.utils._pytree.tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, value)
+
+
+def _random(gm: GraphModule, node: Node, generator: torch.Generator) -> Any:
+    """A value like the node's: its own when it is constant, noise for floats, zeros otherwise."""
+    if node.op == "get_attr":
+        return attr(gm, node)
+    if "value" in node.meta:
+        return node.meta["value"]
+
+    def one(shape: Any, dtype: Any) -> Any:
+        if isinstance(shape, list):
+            return tuple(one(s, d) for s, d in zip(shape, dtype, strict=True))
+        return torch.randn(shape, generator=generator, dtype=dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
+
+    return one(node.meta["shape"], node.meta["dtype"])
 
 
 def _splice(gm: GraphModule, node: Node, root: nn.Module, graph: Any, inputs: list[Node]) -> list[Node]:

@@ -17,6 +17,17 @@ SAME_SHAPE = frozenset(
 )
 
 
+def plain(a: Any) -> Any:
+    """fx's immutable containers as Python's own: traced functions may change their arguments."""
+    if isinstance(a, list):
+        return [plain(v) for v in a]
+    if isinstance(a, dict):
+        return {k: plain(v) for k, v in a.items()}
+    if isinstance(a, slice):
+        return slice(plain(a.start), plain(a.stop), plain(a.step))
+    return tuple(plain(v) for v in a) if type(a) is tuple else a
+
+
 class _Record(Interpreter):
     """Keeps every value. On the meta device a layer that keeps its input's shape is not run: torch's decompositions are slow there."""
 
@@ -29,6 +40,9 @@ class _Record(Interpreter):
         if self.meta and kind_of(self.fetch_attr(target)) in SAME_SHAPE:
             return torch.empty_like(args[0])
         return super().call_module(target, args, kwargs)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return super().call_function(target, plain(args), plain(kwargs))
 
     def run_node(self, n: Node) -> Any:
         out = super().run_node(n)

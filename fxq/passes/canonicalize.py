@@ -17,7 +17,7 @@ from fxq.canonical_index import INDEX, reorder_of
 from fxq.canonical_layers import LAYERS, module
 from fxq.canonical_math import MATH
 from fxq.canonical_shape import SHAPE
-from fxq.constants import fold_constants
+from fxq.constants import fold_constants, fold_repeated
 from fxq.graph import add_module, kind, module_of
 from fxq.inline import CannotInline, inline, wants_inline
 from fxq.pipeline import Pass, PassContext
@@ -47,7 +47,7 @@ class Canonicalize(Pass):
         propagate(gm, ctx.example)
         why: dict[Node, str] = {}
         for _ in range(_ROUNDS):
-            changed += fold_constants(gm)
+            changed += fold_constants(gm) + fold_repeated(gm)
             done = sum(_apply(gm, node, why) for node in list(gm.graph.nodes) if not node._erased)
             opened = _open(gm, ctx, why)
             changed += done + opened
@@ -108,7 +108,7 @@ def _is_torch(node: Node) -> bool:
         return True
     if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         return str(target).split(".")[0].split("::")[0] in ("aten", "prims")
-    return str(getattr(target, "__module__", None) or "torch").split(".")[0] in ("torch", "torchvision", "_operator", "builtins")
+    return str(getattr(target, "__module__", None) or "torch").split(".")[0] in ("torch", "torchvision", "_operator", "builtins", "fxq")
 
 
 def _open(gm: GraphModule, ctx: PassContext, why: dict[Node, str]) -> int:
