@@ -217,6 +217,19 @@ def relu_first(gm: GraphModule, ctx: PassContext) -> int:
     return done
 
 
+def resize_point(gm: GraphModule, ctx: PassContext) -> int:
+    """Interpolation of a single cell (a pooled branch, as in ASPP) repeats it: the nearest form moves codes, the linear one is float."""
+    done = 0
+    for node, _ in walk(gm, "resize"):
+        resize: Any = module_of(gm, node)
+        (x,) = data_inputs(node)
+        if resize.mode.startswith("nearest") or any(s != 1 for s in shape(x)[2:]) or any(x.meta["dynamic"][2:]):
+            continue
+        swap_module(gm, node, m.Resize(resize.size, resize.scale, "nearest"))
+        done += 1
+    return done
+
+
 def prelu(gm: GraphModule, ctx: PassContext) -> int:
     """A PReLU with one slope is a leaky ReLU, which runs in integers (a table)."""
     done = 0

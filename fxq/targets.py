@@ -98,7 +98,7 @@ _ORT = Target(
     ops=_ORT_OPS,
     activations=("u8/pt", "s8/pt"),
     weights=("s8n/pt", "s8/pt", "s8a/pt", "s4n/pt", "s4/pt"),
-    forms=("tidy", "constants", "batch-norm", "hardswish", "silu", "avg-pool", "merge-pad", "relu-first", "prelu", "shuffle"),
+    forms=("tidy", "constants", "batch-norm", "hardswish", "silu", "avg-pool", "merge-pad", "relu-first", "resize-point", "prelu", "shuffle"),
     share=("cat",),
 )
 _TABLE: dict[str, Target] = {_ORT.name: _ORT}

@@ -20,6 +20,7 @@ FORMS: dict[str, forms.Form] = {
     "avg-pool": forms.avg_pool,
     "merge-pad": forms.merge_pad,
     "relu-first": forms.relu_first,
+    "resize-point": forms.resize_point,
     "prelu": forms.prelu,
     "shuffle": forms_shuffle.shuffle,
 }
