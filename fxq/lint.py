@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 
 from fxq.errors import ArtifactError, TargetError, nearest
 from fxq.lint_graph import BYTES, DQ, FLOATS, Net, Op, Q
-from fxq.lint_rules import KERNELS, ON_CODES, Blocked, fuse, match
+from fxq.lint_rules import KERNELS, ON_CODES, Blocked, fuse, fuse_dynamic, match
 from fxq.lint_steps import BEFORE, absorb_clips, drop_dq_q, one_reader_per_dq, signed_to_unsigned
 
 TARGETS = {"onnxruntime": "ONNX Runtime, CPU provider, all optimizations"}
@@ -96,8 +96,9 @@ def lint(model: Source, target: str = "onnxruntime") -> LintReport:
             fuse(net, op, match(net, op))
         except Blocked as reason:
             op.why = str(reason)
+    fuse_dynamic(net)
     drop_dq_q(net)
-    carriers = {index: op for op in net.ops for index in op.origins if op.alive or op.is_q}
+    carriers = {index: op for op in sorted(net.ops, key=lambda op: op.alive) for index in op.origins if op.alive or op.is_q}
     ops = tuple(_predicted(net, index, op, carriers.get(index)) for index, op in nodes.items() if index in carriers)
     return LintReport(ops, sum(op.is_q for op in net), sum(op.is_dq for op in net))
 
@@ -205,10 +206,31 @@ def _types_of(model: onnx.ModelProto) -> dict[str, int]:
 
 def _actual(proto: onnx.ModelProto, index: int, node: OpReport, found: dict[int, onnx.NodeProto], types: dict[str, int]) -> OpReport:
     hit = found.get(index)
-    if hit is not None:
-        integer = hit.op_type in KERNELS or bool(hit.input) and types.get(hit.input[0], 0) in BYTES
-        return OpReport(node.node, node.op, "int8" if integer else "float", hit.op_type.removeprefix("Nhwc"))
-    return OpReport(node.node, node.op, GONE, "")
+    if hit is None and node.op in ("Relu", "Clip"):
+        return _absorbed(proto, index, node, found, types)
+    if hit is None:
+        return OpReport(node.node, node.op, GONE, "")
+    return OpReport(node.node, node.op, "int8" if _integer(hit, types) else "float", hit.op_type.removeprefix("Nhwc"))
+
+
+def _integer(node: onnx.NodeProto, types: dict[str, int]) -> bool:
+    return node.op_type in KERNELS or (bool(node.input) and types.get(node.input[0], 0) in BYTES)
+
+
+def _absorbed(proto: onnx.ModelProto, index: int, node: OpReport, found: dict[int, onnx.NodeProto], types: dict[str, int]) -> OpReport:
+    """A clip that the runtime removed: into the integer kernel or the float activation in front of it, or into the Q behind it."""
+    clip = proto.graph.node[index]
+    before: int | None = index
+    while before is not None and before not in found and proto.graph.node[before].op_type in ("Relu", "Clip"):
+        source = proto.graph.node[before].input[0]
+        before = next((i for i, n in enumerate(proto.graph.node) if source in n.output), None)
+    host = found.get(before) if before is not None else None
+    if host is not None and _integer(host, types):
+        return OpReport(node.node, node.op, "int8", host.op_type.removeprefix("Nhwc"))
+    if host is not None and any(a.name == "activation" for a in host.attribute):
+        return OpReport(node.node, node.op, "float", host.op_type)
+    readers = {n.op_type for n in proto.graph.node if clip.output[0] in n.input}
+    return OpReport(node.node, node.op, "int8" if readers == {Q} else GONE, Q if readers == {Q} else "")
 
 
 def agrees(predicted: LintReport, actual: LintReport) -> list[str]:

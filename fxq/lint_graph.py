@@ -14,6 +14,7 @@ Q, DQ = "QuantizeLinear", "DequantizeLinear"
 DOMAINS = ("", "ai.onnx", "com.microsoft")
 SMALL = 64
 FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16)
+SHARED = (*FLOATS, onnx.TensorProto.INT32, onnx.TensorProto.INT64)
 BYTES = (onnx.TensorProto.UINT8, onnx.TensorProto.INT8)
 
 
@@ -56,6 +57,7 @@ class Net:
         self.maker: dict[str, Op] = {}
         self.users: dict[str, list[tuple[Op, int]]] = {}
         self.captured: set[str] = set()
+        self.made_scales: set[str] = set()  # scales that the optimizer computes itself; they fit by construction
         for index, node in enumerate(graph.node):
             self._read(index, node)
         self._fresh = 0
@@ -151,9 +153,16 @@ class Net:
         return numpy_helper.to_array(tensor)
 
     def key(self, name: str) -> object:
-        """Equal for equal tensors: small constants by value, everything else by name."""
-        value = self.value(name)
-        return name if value is None else (self.const[name].data_type, value.shape, value.tobytes())
+        """Equal for tensors that the runtime shares: constants of up to 8 numbers (not codes) by value, everything else by name."""
+        tensor = self.const.get(name)
+        if tensor is None or tensor.data_type not in SHARED or int(np.prod(tensor.dims)) > 8:
+            return name
+        return (tensor.data_type, tuple(tensor.dims), numpy_helper.to_array(tensor).tobytes())
+
+    def array(self, name: str) -> np.ndarray[Any, Any] | None:
+        """Array of a constant of any size."""
+        tensor = self.const.get(name)
+        return None if tensor is None else numpy_helper.to_array(tensor)
 
     def scalar(self, name: str) -> float | None:
         """Value of a constant of one element (rank 0 or 1)."""

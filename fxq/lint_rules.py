@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import onnx
 
 from fxq.lint_graph import BYTES, DQ, FLOATS, Net, Op, has
@@ -11,6 +12,7 @@ from fxq.lint_steps import clip_stays, same_grid
 
 NIBBLES = tuple(getattr(onnx.TensorProto, n) for n in ("INT4", "UINT4", "INT2", "UINT2") if hasattr(onnx.TensorProto, n))
 WIDE = (onnx.TensorProto.INT16, onnx.TensorProto.UINT16)
+FLOOR, TOLERANCE = 1e-6, 0.01  # of a bias scale, absolute and relative
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ RULES: dict[str, Rule] = {
     "AveragePool": Rule("QLinearAveragePool"),
     "Concat": Rule("QLinearConcat"),
     "Where": Rule("QLinearWhere", inputs="tail"),
-    "MaxPool": Rule("", inputs="first", clip=False, same=True, since=(12,)),
+    "MaxPool": Rule("", inputs="first", clip=False, same=True, since=(12, 22)),
     "ReduceMax": Rule("", inputs="first", clip=False, same=True),
     "ReduceMin": Rule("", inputs="first", clip=False, same=True),
     "Resize": Rule("", inputs="first", clip=False, same=True),
@@ -115,6 +117,10 @@ def match(net: Net, op: Op) -> Match:
         for q in qs:
             if not same_grid(net, q, next(iter(dqs.values()))):
                 raise Blocked("the grids in front of it and behind it differ, or are not given as constant scale and zero point")
+    if op.op == "Conv" and 2 in dqs:
+        _check_bias_scale(net, dqs)
+    if op.op == "Gemm" and 2 in dqs and (op.attrs.get("alpha", 1.0) != 1.0 or op.attrs.get("beta", 1.0) != 1.0):
+        raise Blocked("alpha and beta must be 1 when there is a bias")
     for slot in rule.zero:
         if not has(dqs[slot], 2):
             raise Blocked(f"the DequantizeLinear of input {slot} has no explicit zero point")
@@ -190,6 +196,22 @@ def _check_types(net: Net, op: Op, rule: Rule, dqs: dict[int, Op], qs: tuple[Op,
         raise Blocked(f"its bias is {_name(kinds[2])} instead of int32")
 
 
+def _check_bias_scale(net: Net, dqs: dict[int, Op]) -> None:
+    """The kernel adds the bias's codes as they are: they must count in steps of input scale times weight scale."""
+    if dqs[2].inputs[1] in net.made_scales:
+        return
+    scales = [net.array(dqs[slot].inputs[1]) for slot in range(3)]
+    if any(s is None for s in scales):
+        raise Blocked("the scales of its input, weight and bias must be constants")
+    x, w, b = (np.asarray(s, dtype=np.float64).reshape(-1) for s in scales)
+    if b.size not in (1, w.size) and w.size != 1:
+        raise Blocked(f"its bias has {b.size} scales and its weight {w.size}")
+    if has(dqs[2], 2) and (zero := net.array(dqs[2].inputs[2])) is not None and np.any(zero):
+        raise Blocked("its bias has a zero point")
+    if np.any(np.abs(b - x * w) > FLOOR + TOLERANCE * np.abs(x * w)):
+        raise Blocked("the scale of its bias is not input scale times weight scale")
+
+
 def _weight_only(net: Net, op: Op, dq: Op) -> Match:
     """Float activations, weight of 2, 4 or 8 bits: MatMulNBits."""
     if any(u.is_q for u, _ in net.edges(op)):
@@ -232,8 +254,37 @@ def fuse(net: Net, op: Op, m: Match) -> None:
     op.kernel = m.kernel
 
 
+def fuse_dynamic(net: Net) -> None:
+    """Products of codes whose scales are multiplied afterwards become one kernel, with the dynamic quantization in front when nothing else reads it."""
+    for op in net:
+        if op.op == "MatMulInteger":
+            _scaled_product(net, op)
+        first = net.maker.get(op.inputs[0]) if op.kernel == "MatMulIntegerToFloat" else None
+        if first is None or first.op != "DynamicQuantizeLinear" or op.inputs[1] not in net.const_names:
+            continue
+        if all(user is op for user, _ in net.edges(first)) and not net.is_output(first):
+            op.kernel = "DynamicQuantizeMatMul"
+            op.origins += first.origins
+            net.remove(first)
+
+
+def _scaled_product(net: Net, op: Op) -> None:
+    cast = net.only_reader(op)
+    mul = net.only_reader(cast) if cast is not None and cast.op == "Cast" else None
+    if cast is None or mul is None or mul.op != "Mul":
+        return
+    scales = net.maker.get(next((name for name in mul.inputs if name != cast.outputs[0]), ""))
+    if scales is None or scales.op != "Mul" or net.only_reader(scales) is not mul:
+        return
+    for gone in (cast, mul, scales):
+        op.origins += gone.origins
+        net.remove(gone)
+    net.set_outputs(op, list(mul.outputs))
+    op.kernel = "MatMulIntegerToFloat"
+
+
 def _name(kind: int) -> str:
     return str(onnx.TensorProto.DataType.Name(kind)).lower() if kind else "of unknown type"
 
 
-__all__ = ["DQ", "KERNELS", "ON_CODES", "RULES", "Blocked", "Match", "Rule", "fuse", "match"]
+__all__ = ["DQ", "KERNELS", "ON_CODES", "RULES", "Blocked", "Match", "Rule", "fuse", "fuse_dynamic", "match"]

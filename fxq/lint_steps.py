@@ -19,10 +19,9 @@ CODES = {
 S8_TO_U8 = -CODES[onnx.TensorProto.INT8].qmin
 
 EPSILON, BIG = np.finfo(np.float32).eps, 1e30
-CLIPS, CLIP_QS = (1, 6, 11, 12, 13), (10, 13)  # versions of Clip and Q between which a Clip vanishes without a fusion
 
 MOVES: dict[str, tuple[int, ...]] = {  # a Q or DQ moves through these, in the versions that the runtime knows
-    "MaxPool": (12,),
+    "MaxPool": (12, 22),
     "Reshape": (5, 13, 14, 19, 21, 23),
     "Transpose": (1, 13, 21, 23),
     "Squeeze": (1, 11, 13, 21, 23),
@@ -162,6 +161,45 @@ def _to_gemm(net: Net, op: Op, add: Op, bias: str, flat: bool) -> None:
         net.add(Op("Reshape", [gives], [y], since=14), gemm, after=True)
 
 
+def transpose_into_gemm(net: Net) -> bool:
+    """Transpose of an input of Gemm becomes its transA or transB."""
+    changed = False
+    for op in net:
+        if op.op != "Transpose" or tuple(op.attrs.get("perm", ())) not in ((), (1, 0)) or net.is_output(op) or not net.edges(op):
+            continue
+        if len(net.shapes.get(op.inputs[0], ())) == 2 and all(u.op == "Gemm" and slot < 2 for u, slot in net.edges(op)):
+            net.remove(op)
+            for user, slot in list(net.readers(op.outputs[0])):
+                flag = ("transA", "transB")[slot]
+                user.attrs[flag] = 1 - int(user.attrs.get(flag, 0))
+                user.origins += op.origins
+                net.rewire(user, slot, op.inputs[0])
+            changed = True
+    return changed
+
+
+def transpose_weights(net: Net) -> bool:
+    """Transpose of a dequantized constant is done on the constant."""
+    changed = False
+    for op in net:
+        dq = net.maker.get(op.inputs[0]) if op.op == "Transpose" else None
+        if dq is None or not dq.is_dq or dq.inputs[0] not in net.const_names or net.only_reader(dq) is not op or net.is_output(op):
+            continue
+        shape = net.shapes.get(dq.inputs[0], ())
+        perm = list(op.attrs.get("perm", range(len(shape) - 1, -1, -1)))
+        codes = net.fresh(dq.inputs[0])
+        net.const_names.add(codes)
+        net.shapes[codes] = tuple(shape[i] for i in perm)
+        net.remove(op)
+        net.rewire(dq, 0, codes)
+        axis = int(dq.attrs.get("axis", 1))
+        dq.attrs["axis"] = perm.index(axis + len(shape) if axis < 0 else axis) if len(shape) else axis
+        net.set_outputs(dq, list(op.outputs))
+        dq.origins += op.origins
+        changed = True
+    return changed
+
+
 def _insert_pair(net: Net, source: str, targets: list[tuple[Op, int]], like: Op) -> None:
     """Between tensor ``source`` and its readers ``targets`` a Q and one DQ per reader, on the grid of ``like``."""
     codes, grid, kind = net.fresh(source), like.inputs[1:], net.codes(like)
@@ -182,28 +220,35 @@ def propagate_forward(net: Net) -> bool:
     """A DQ in front of an operation that only moves values is repeated behind it."""
     changed = False
     for dq in net:
-        mover = net.only_reader(dq) if dq.is_dq and scalar_grid(net, dq) else None
+        mover = net.only_reader(dq) if dq.is_dq and scalar_grid(net, dq) and dq.inputs[0] not in net.const_names else None
         stack = [mover] if mover is not None and net.edges(dq)[0][1] == 0 else []
         while stack:
             mover = stack.pop()
-            if mover is None or not _moves(mover) or net.is_output(mover) and net.readers(mover.outputs[0]):
+            if mover is None or not _moves(mover):
                 continue
-            targets = [(u, s) for u, s in net.readers(mover.outputs[0]) if not u.is_q]
-            if targets:
-                _insert_pair(net, mover.outputs[0], targets, dq)
-                stack += [u for u, s in targets if s == 0]
-                changed = True
-            elif mover.outputs[0] in net.outputs:
+            targets = list(net.readers(mover.outputs[0]))
+            if any(u.is_q for u, _ in targets):
+                continue
+            if mover.outputs[0] in net.outputs:
                 _pair_at_output(net, mover, dq)
                 changed = True
+            elif targets:
+                _insert_pair(net, mover.outputs[0], targets, dq)
+                changed = True
+            stack += [u for u, s in targets if s == 0]
     return changed
 
 
 def _pair_at_output(net: Net, mover: Op, like: Op) -> None:
+    """The same for a mover whose value is a graph output; other readers get a DQ of their own."""
     out = mover.outputs[0]
     inner, codes = net.fresh(out), net.fresh(out)
     net.types[codes] = net.codes(like)
     net.set_outputs(mover, [inner])
+    for user, slot in list(net.readers(out)):
+        own = net.fresh(out)
+        net.add(Op(DQ, [codes, *like.inputs[1:]], [own], {}, "", like.domain), user)
+        net.rewire(user, slot, own)
     q = net.add(Op(Q, [inner, *like.inputs[1:]], [codes], {}, "", like.domain), mover, after=True)
     net.add(Op(DQ, [codes, *like.inputs[1:]], [out], {}, "", like.domain), q, after=True)
 
@@ -218,7 +263,12 @@ def propagate_backward(net: Net) -> bool:
         while mover is not None and _moves(mover) and net.only_reader(mover) is not None:
             source = mover.inputs[0]
             maker = net.maker.get(source)
-            if source in net.const_names or source in net.outputs or len(net.readers(source)) != 1 or (maker is not None and maker.is_dq):
+            if maker is None:
+                if source not in net.const_names:
+                    _insert_pair(net, source, [(mover, 0)], q)
+                    changed = True
+                break
+            if source in net.outputs or len(net.readers(source)) != 1 or maker.is_dq:
                 break
             _insert_pair(net, source, [(mover, 0)], q)
             changed = True
@@ -272,6 +322,7 @@ def _dequantized_constant(net: Net, op: Op, slot: int, kind: int) -> None:
     net.const[zero] = onnx.helper.make_tensor(zero, kind, [], [0])
     net.types.update({codes: kind, scale: onnx.TensorProto.FLOAT, zero: kind})
     net.const_names |= {codes, scale, zero}
+    net.made_scales.add(scale)
     net.add(Op(DQ, [codes, scale, zero] if slot == 1 else [codes, scale], [out]), op)
     net.rewire(op, slot, out)
 
@@ -340,7 +391,7 @@ def clip_stays(net: Net, clip: Op, q: Op, exact: bool = False) -> str:
         return "the Clip behind it stays: its bounds are not constant"
     begin, end = np.float32(scale) * np.float32(spec.qmin - zero), np.float32(scale) * np.float32(spec.qmax - zero)
     if exact:
-        fits = np.float32(low) - begin <= EPSILON and end - np.float32(high) <= EPSILON and clip.since in CLIPS and q.since in CLIP_QS
+        fits = np.float32(low) - begin <= EPSILON and end - np.float32(high) <= EPSILON
     else:
         fits = round(max(low, -BIG) / scale) + zero <= spec.qmin and round(min(high, BIG) / scale) + zero >= spec.qmax
     return "" if fits else f"the Clip behind it stays: its grid [{begin:.4g}, {end:.4g}] goes beyond [{low:g}, {high:g}]"
@@ -374,7 +425,7 @@ def drop_dq_q(net: Net) -> bool:
 
 
 BEFORE = (
-    drop_identities, relu_before_clip, drop_double_pairs, merge_twins, fold_constants, matmul_add,
+    drop_identities, relu_before_clip, drop_double_pairs, merge_twins, fold_constants, transpose_into_gemm, transpose_weights, matmul_add,
     propagate_forward, propagate_backward, quantize_constants, one_reader_per_dq,
 )  # fmt: skip
 __all__ = ["BEFORE", "BYTES", "absorb_clips", "clip_range", "clip_stays", "drop_dq_q", "one_reader_per_dq", "same_grid", "signed_to_unsigned"]
