@@ -38,8 +38,8 @@ def test_writes() -> None:
         "%_0 = conv(%input_1) <0> {3, 2, kernel_size=(1, 1), stride=(1, 1)} [*,2,12,10]",
         "%_1_gate = hardsigmoid(%_0) <1_gate> [*,2,12,10]",
         "%_1 = mul(%_0, %_1_gate) <1> [*,2,12,10]",
-        "%_3_first = relu(%_1) <3_first> [*,2,12,10]",
-        "%_2 = max_pool(%_3_first) <2> {kernel_size=2, stride=2, padding=0, dilation=1, ceil_mode=False} [*,2,6,5]",
+        "%_3_1 = relu(%_1) <3> [*,2,12,10]",
+        "%_2 = max_pool(%_3_1) <2> {kernel_size=2, stride=2, padding=0, dilation=1, ceil_mode=False} [*,2,6,5]",
         "%output = output(%_2)",
     ]
 
