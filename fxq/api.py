@@ -34,6 +34,7 @@ from fxq.targets import Target
 from fxq.trace import Captured, capture
 
 if TYPE_CHECKING:
+    from fxq.lint import LintReport
     from fxq.proof import Proof
 
 BACKENDS: dict[str, str] = {
@@ -147,6 +148,12 @@ class CompiledModel(nn.Module):
                 f"the model was compiled for {self.target.name!r}, not {to.name!r}", way_out=f"Compile it with target={to.name!r}"
             )
         return backend(backend_name).lower(self.graph_module, self.scheme, to)
+
+    def lint(self, target: str | None = None) -> LintReport:
+        """Which nodes of the lowered file the target executes in integers, which not and why, and the Q/DQ nodes that are left."""
+        from fxq.lint import lint
+
+        return lint(self.lower().data, target or self.target.name)
 
     def verify(self, artifact: str | os.PathLike[str] | bytes, data: Any, *, limit: int | None = None) -> Proof:
         """Run the artifact and compare with the integer reference, node by node and end to end.

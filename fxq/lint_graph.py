@@ -202,7 +202,8 @@ def _since(node: onnx.NodeProto, opset: int) -> int:
 def _constant(node: onnx.NodeProto) -> onnx.TensorProto | None:
     for a in node.attribute:
         if a.name == "value":
-            return a.t
+            tensor: onnx.TensorProto = a.t
+            return tensor
         if a.name in ("value_float", "value_floats", "value_int", "value_ints"):
             kind = np.float32 if "float" in a.name else np.int64
             return numpy_helper.from_array(np.asarray(onnx.helper.get_attribute_value(a), dtype=kind), node.output[0])

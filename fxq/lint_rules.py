@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from fxq.lint_graph import BYTES, DQ, FLOATS, Net, Op, has
-from fxq.lint_steps import clip_stays, same_grid
+from fxq.lint_clips import clip_stays
+from fxq.lint_graph import BYTES, FLOATS, Net, Op, has
+from fxq.lint_steps import same_grid
 
 NIBBLES = tuple(getattr(onnx.TensorProto, n) for n in ("INT4", "UINT4", "INT2", "UINT2") if hasattr(onnx.TensorProto, n))
 WIDE = (onnx.TensorProto.INT16, onnx.TensorProto.UINT16)
@@ -285,6 +286,3 @@ def _scaled_product(net: Net, op: Op) -> None:
 
 def _name(kind: int) -> str:
     return str(onnx.TensorProto.DataType.Name(kind)).lower() if kind else "of unknown type"
-
-
-__all__ = ["DQ", "KERNELS", "ON_CODES", "RULES", "Blocked", "Match", "Rule", "fuse", "fuse_dynamic", "match"]
