@@ -66,7 +66,8 @@ def clip_stays(net: Net, clip: Op, q: Op, exact: bool = False) -> str:
         return f"the {clip.op} behind it stays: the grid of its QuantizeLinear is not a constant scalar of 8 or 16 bits"
     spec = CODES[kind]
     if clip.op == "Relu":
-        return f"the Relu behind it stays: the zero point {zero:g} of its grid is not {spec.qmin}" if zero != spec.qmin else ""
+        ours, least = zero - q.shifted, spec.qmin - q.shifted
+        return "" if ours == least else f"the Relu behind it stays: the zero point {ours:g} of its grid is not {least}"
     low, high = clip_range(net, clip)
     if low is None or high is None:
         return "the Clip behind it stays: its bounds are not constant"

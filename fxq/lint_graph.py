@@ -33,6 +33,7 @@ class Op:
     kernel: str = ""
     why: str = ""
     alive: bool = True
+    shifted: int = 0  # what the optimizer added to the file's codes of a Q
 
     @property
     def is_q(self) -> bool:

@@ -26,8 +26,8 @@ class Rule:
         q: its output ``must`` or ``may`` lead to a Q, or does not have one (``none``).
         clip: a Relu or Clip between the node and its Q is allowed when it vanishes into the grid.
         same: all grids are equal (the node moves codes).
-        types: ``equal`` (inputs and outputs have one element type), ``weighted`` (the weight's may differ, the input is unsigned; int32 bias), ``first``
-            (output as input; signed needs signed weight).
+        types: ``equal`` (inputs and outputs have one element type), ``weighted`` (the weight's may differ, the input is unsigned; int32 bias),
+            ``first`` (output as input; signed needs signed weight).
         wide: 16-bit codes too.
         zero: slots whose DQ needs an explicit zero point.
         since: versions of the operator that the runtime's rule knows; empty for any.
@@ -176,6 +176,8 @@ def _check_inputs(net: Net, op: Op, rule: Rule, dqs: dict[int, Op]) -> None:
 def _check_types(net: Net, op: Op, rule: Rule, dqs: dict[int, Op], qs: tuple[Op, ...]) -> None:
     kinds = {slot: net.codes(dq) for slot, dq in dqs.items()}
     first = kinds[min(kinds)]
+    if first == onnx.TensorProto.INT8 and rule.types == "weighted":
+        raise Blocked("its input is int8 and stays so: the runtime makes codes unsigned only if one node reads them")
     for q in qs:
         if net.codes(q) != first:
             raise Blocked(f"codes are {_name(first)} in front of it and {_name(net.codes(q))} behind it")
@@ -189,8 +191,6 @@ def _check_types(net: Net, op: Op, rule: Rule, dqs: dict[int, Op], qs: tuple[Op,
         if len(set(kinds.values())) > 1:
             raise Blocked("its inputs have codes of " + " and ".join(sorted({_name(k) for k in kinds.values()})))
         return
-    if first == onnx.TensorProto.INT8 and rule.types == "weighted":
-        raise Blocked("its input is int8 and the runtime cannot turn it into uint8")
     if first == onnx.TensorProto.INT8 and kinds[1] != first:
         raise Blocked("its input is int8 and its weight uint8")
     if op.op != "MatMul" and 2 in kinds and kinds[2] != onnx.TensorProto.INT32:

@@ -337,6 +337,7 @@ def signed_to_unsigned(net: Net) -> bool:
             net.types[name] = net.types[q.outputs[0]] = onnx.TensorProto.UINT8
             net.rewire(q, 2, name)
             net.rewire(dq, 2, name)
+            q.shifted = S8_TO_U8
     return False
 
 
