@@ -1,4 +1,4 @@
-"""Canonical forms of slices and constant indices: ``x[...]``, gathers, flips, rolls, and chains that only reorder a dimension."""
+"""Canonical forms of slices and constant indices: ``x[...]``, gathers, flips, rolls."""
 
 from __future__ import annotations
 
@@ -162,30 +162,6 @@ def roll(at: At) -> None:
         dim = int(d) % len(shape(x))
         picks[dim] = picks.get(dim, torch.arange(shape(x)[dim])).roll(int(shift))
     _along(at, x, picks)
-
-
-def reorder_of(x: Node, chain: list[torch.nn.Module]) -> tuple[int, Tensor] | None:
-    """Dimension and order when ``chain`` of reshapes and permutes only reorders one dimension of ``x``, else ``None``."""
-    sizes = [s * 2 if d else s for s, d in zip(shape(x), x.meta["dynamic"], strict=True)]
-    count = torch.Size(sizes).numel()
-    iota = torch.arange(count).reshape(sizes)
-    try:
-        out = iota
-        for step in chain:
-            out = step(out)
-    except RuntimeError:
-        return None
-    if out.shape != iota.shape:
-        return None
-    for dim, dynamic in enumerate(x.meta["dynamic"]):
-        if dynamic:
-            continue
-        at_zero = tuple(slice(None) if d == dim else 0 for d in range(len(sizes)))
-        stride = iota.stride(dim)
-        order = out[at_zero] // stride % sizes[dim]
-        if torch.equal(iota.index_select(dim, order), out):
-            return dim, order
-    return None
 
 
 INDEX: dict[str, Form] = {

@@ -1,4 +1,4 @@
-"""Canonical forms of arithmetic: pointwise functions, reductions, matrix products."""
+"""Canonical forms of arithmetic: pointwise functions, matrix products, fills."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import nn
 from torch.fx import Node
 
 from fxq import modules as m
-from fxq.canonical import At, Form, NoForm, is_number, is_tensor, known, name_of, parameter, target_sizes, to_reshape
-from fxq.graph import shape
+from fxq.canonical import At, Form, NoForm, is_number, is_tensor, known, name_of, parameter, target_sizes
+from fxq.graph import module_of, shape
 
 
 def operand(at: At, a: Any) -> Any:
@@ -110,85 +110,6 @@ def power(at: At) -> None:
         at.put("power", m.Power(float(exponent)), x)
 
 
-def reduction(cls: type[m.Mean]) -> Form:
-    """``mean`` or ``sum`` over constant dimensions."""
-
-    def form(at: At) -> None:
-        x = at.tensor()
-        if x.meta["dtype"] != at.node.meta["dtype"] or not is_tensor(at.node):
-            raise NoForm("the result has another type")
-        n = len(shape(x))
-        dims = at.arg(1, "dim", None)
-        if dims is None or dims == [] or dims == ():
-            dims = list(range(n))
-        where = sorted(int(d) % n for d in (dims if isinstance(dims, (tuple, list)) else (dims,)))
-        keep = bool(at.arg(2, "keepdim", False))
-        if cls is m.Mean and n >= 4 and where == list(range(2, n)):
-            if keep:
-                at.put("global_avg_pool", m.GlobalAvgPool(), x)
-            else:
-                to_reshape(at, at.new("global_avg_pool", m.GlobalAvgPool(), x))
-            return
-        at.put(cls.__name__.lower(), cls(where, keep), x)
-
-    return form
-
-
-def amax(at: At) -> None:
-    """The maximum over all spatial dimensions is a max pool of the whole input."""
-    x = at.tensor()
-    n = len(shape(x))
-    dims = at.arg(1, "dim")
-    where = sorted(int(d) % n for d in (dims if isinstance(dims, (tuple, list)) else (dims,)))
-    if n not in (3, 4, 5) or where != list(range(2, n)) or any(x.meta["dynamic"][2:]) or not is_tensor(at.node):
-        raise NoForm("not over the spatial dimensions")
-    cls: Any = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)[n - 3]
-    to_reshape(at, at.new("max_pool", cls(shape(x)[2:] if n > 3 else shape(x)[2]), x))
-
-
-def variance(at: At) -> None:
-    """``var`` and ``std``: the mean of squared distances from the mean."""
-    x, dims, n = at.tensor(), at.arg(1, "dim"), len(shape(at.tensor()))
-    where = sorted(int(d) % n for d in (dims if isinstance(dims, (tuple, list)) else (dims,)))
-    if any(x.meta["dynamic"][d] for d in where) or not is_tensor(at.node):
-        raise NoForm("over the batch")
-    unbiased = at.arg(2, "unbiased", True) if not is_tensor(at.arg(2, "unbiased", True)) else True
-    correction = at.arg(9, "correction", int(bool(unbiased)))
-    count = math.prod(shape(x)[d] for d in where)
-    if count <= correction:
-        raise NoForm("over too few values")
-    far = at.new("far", m.Sub(), x, at.new("mean", m.Mean(where, True), x))
-    total = at.new("mean", m.Mean(where, bool(at.arg(3, "keepdim", False))), at.new("square", m.Mul(), far, far))
-    scaled = at.new("scaled", m.Mul(), total, count / (count - correction)) if correction else total
-    at.become(at.new("sqrt", m.Unary("sqrt"), scaled) if name_of(at.node) == "std" else scaled)
-
-
-def norm_of(at: At, x: Node, where: list[int], keep: bool) -> Node:
-    """Euclidean norm over ``where``."""
-    return at.new("norm", m.Unary("sqrt"), at.new("sum", m.Sum(where, keep), at.new("square", m.Mul(), x, x)))
-
-
-def vector_norm(at: At) -> None:
-    x = at.tensor()
-    name = name_of(at.node)
-    order = at.arg(1, "ord" if name.startswith("linalg") or name == "vector_norm" else "p", 2)
-    dims = at.arg(2, "dim", None)
-    n = len(shape(x))
-    if order not in (2, 2.0, "fro", None) or dims is None:
-        raise NoForm("not the Euclidean norm over given dimensions")
-    where = sorted(int(d) % n for d in (dims if isinstance(dims, (tuple, list)) else (dims,)))
-    at.become(norm_of(at, x, where, bool(at.arg(3, "keepdim", False))))
-
-
-def normalize(at: At) -> None:
-    """``F.normalize``: ``x / max(norm, eps)``."""
-    x, p, dim, eps = at.tensor(), at.arg(1, "p", 2.0), at.arg(2, "dim", 1), at.arg(3, "eps", 1e-12)
-    if p != 2 or not isinstance(dim, int):
-        raise NoForm("not by the Euclidean norm over one dimension")
-    norm = norm_of(at, x, [dim % len(shape(x))], True)
-    at.put("normalize", m.Div(), x, at.new("eps", m.Clamp(float(eps), None), norm))
-
-
 def matmul(at: At) -> None:
     """A product with a constant matrix is a linear layer."""
     a, b = at.tensor(0), at.tensor(1, "other" if name_of(at.node) == "matmul" else "mat2")
@@ -281,21 +202,46 @@ def _one_free(sizes: list[int]) -> list[int | None]:
     return list(sizes)
 
 
+def where(at: At) -> None:
+    """Choose by a constant mask; the guard of an exported attention against rows that are masked out."""
+    soft = _guarded_softmax(at)
+    if soft is not None:
+        at.become(soft)
+        return
+    kept = at.const(0, "condition")
+    fill(at, at.tensor(1), None if kept is None else ~kept, at.arg(2, "other"))
+
+
+def _guarded_softmax(at: At) -> Node | None:
+    """The softmax of ``where(not any(x != -inf), 0, softmax(x))`` when ``x`` is scaled products, which are never minus infinity."""
+    steps: Any = at.node.args[0]
+    for name in ("logical_not", "any", "logical_not", "eq"):
+        if not isinstance(steps, Node) or steps.op != "call_function" or name_of(steps) != name:
+            return None
+        last, steps = steps, steps.args[0]
+    x, soft = steps, at.node.args[2]
+    while isinstance(x, Node) and x.op == "call_module" and isinstance(module_of(at.gm, x), (m.Mul, m.Reshape)):
+        x = x.args[0]
+    unmasked = isinstance(x, Node) and x.op == "call_module" and isinstance(module_of(at.gm, x), m.MatMul)
+    plain = isinstance(soft, Node) and soft.op == "call_module" and isinstance(module_of(at.gm, soft), nn.Softmax) and soft.args[0] is steps
+    return soft if unmasked and plain and last.args[1] == -math.inf else None  # type: ignore[return-value]
+
+
 def masked_fill(at: At) -> None:
+    fill(at, at.tensor(), at.const(1, "mask"), at.arg(2, "value"))
+
+
+def fill(at: At, x: Node, mask: torch.Tensor | None, value: Any) -> None:
     """Fill by a constant mask: add 0 or minus infinity, otherwise multiply by 0 or 1 and add."""
-    x, mask, value = at.tensor(), at.const(1, "mask"), at.arg(2, "value")
-    if name_of(at.node) == "where":
-        kept, x, value = at.const(0, "condition"), at.tensor(1), at.arg(2, "other")
-        mask = None if kept is None else ~kept
     if isinstance(value, Node) and value.op == "get_attr" and at.value(value).numel() == 1:
         value = float(at.value(value))
     if mask is None or mask.dtype != torch.bool or not is_number(value) or not at.node.meta["dtype"].is_floating_point:
         raise NoForm("not a constant mask and number")
     dtype = at.node.meta["dtype"]
-    fill = torch.zeros(mask.shape, dtype=dtype).masked_fill(mask.cpu(), float(value)).to(mask.device)
+    filled = torch.zeros(mask.shape, dtype=dtype).masked_fill(mask.cpu(), float(value)).to(mask.device)
     if value != -math.inf:
         x = at.new("keep", m.Mul(), x, at.constant("keep", (~mask).to(dtype)))
-    at.put("fill", m.Add(), x, at.constant("fill", fill))
+    at.put("fill", m.Add(), x, at.constant("fill", filled))
 
 
 def softmax(cls: Any, suffix: str) -> Form:
@@ -379,7 +325,5 @@ MATH: dict[str, Form] = {
     "gelu": layer(lambda at: nn.GELU(at.arg(1, "approximate", "none")), "gelu"),
     "softmax": softmax(nn.Softmax, "softmax"), "log_softmax": softmax(nn.LogSoftmax, "log_softmax"), "softmin": softmin,
     "glu": glu, **dict.fromkeys(("logsigmoid", "log_sigmoid"), logsigmoid), "softsign": softsign, "prelu": prelu,
-    "mean": reduction(m.Mean), "sum": reduction(m.Sum), "amax": amax, **dict.fromkeys(("var", "std"), variance),
-    **dict.fromkeys(("norm", "vector_norm", "linalg_vector_norm"), vector_norm), "normalize": normalize,
-    **dict.fromkeys(("masked_fill", "where"), masked_fill), **dict.fromkeys(("expand", "expand_as", "broadcast_to"), expand),
+    "masked_fill": masked_fill, "where": where, **dict.fromkeys(("expand", "expand_as", "broadcast_to"), expand),
 }  # fmt: skip

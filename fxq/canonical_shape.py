@@ -16,6 +16,18 @@ def reshape(at: At) -> None:
     to_reshape(at, at.tensor())
 
 
+def as_strided(at: At) -> None:
+    """A plain reshape of a contiguous tensor, as exported graphs write it."""
+    x, strides = at.tensor(), at.arg(2, "stride")
+    dense = torch.empty(at.shape, device="meta").stride()
+    offset = at.arg(3, "storage_offset", None) or 0
+    if offset or any(s != d for s, d, n in zip(strides, dense, at.shape, strict=True) if n > 1):
+        raise NoForm("not the strides of a contiguous tensor")
+    if [s for s in shape(x) if s > 1] != [s for s in at.shape if s > 1]:
+        raise NoForm("not a reshape")
+    to_reshape(at, x)
+
+
 def cat(at: At) -> None:
     given: Any = at.node.kwargs.get("tensors", at.node.args[0] if at.node.args else ())
     dim = at.arg(1, "dim", at.arg(1, "axis", 0))
@@ -216,5 +228,5 @@ SHAPE: dict[str, Form] = {
     **dict.fromkeys(("pad", "constant_pad_nd"), pad),
     **dict.fromkeys(("to", "float", "type", "type_as", "to_copy", "cpu", "cuda", "half", "double", "bfloat16", "convert_element_type"), cast),
     **dict.fromkeys(("contiguous", "detach", "clone", "alias", "lift_fresh_copy", "lift_fresh", "positive", "requires_grad", "detach_copy", *_RANDOM), gone),
-    "stochastic_depth": stochastic_depth,
+    "as_strided": as_strided, "stochastic_depth": stochastic_depth,
 }  # fmt: skip

@@ -121,7 +121,9 @@ def _from_parameter(gm: GraphModule, node: Node) -> bool:
 
 
 def _replace(gm: GraphModule, node: Node, value: Tensor, found: set[Node]) -> None:
-    value = value.detach().clone(memory_format=torch.contiguous_format)
+    value = value.detach()  # a view of a weight stays one: its reader often transposes it back
+    if 0 in value.stride():
+        value = value.clone(memory_format=torch.contiguous_format)
     kept = nn.Parameter(value) if value.is_floating_point() and _from_parameter(gm, node) else value
     path = add_tensor(gm, node.name, kept)
     with gm.graph.inserting_before(node):

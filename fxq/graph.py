@@ -73,7 +73,9 @@ def kind(gm: GraphModule, node: Node) -> str:
         return "input" if node.op == "placeholder" else "output"
     if node.op == "get_attr":
         return "attr"
-    return "getitem" if node.target is operator.getitem else "opaque"
+    if node.target is operator.getitem:  # of a tensor it is an indexing that has no canonical form
+        return "opaque" if isinstance(node.args[0], Node) and isinstance(node.args[0].meta.get("shape"), tuple) else "getitem"
+    return "opaque"
 
 
 def attr(gm: GraphModule, node: Node) -> Any:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fxq import modules as m
 from fxq.canonical import At, Form, NoForm, name_of
 from fxq.canonical_attention import ATTENTION, module_attention
-from fxq.canonical_index import INDEX, reorder_of
+from fxq.canonical_chains import shorten
+from fxq.canonical_index import INDEX
 from fxq.canonical_layers import LAYERS, module
 from fxq.canonical_math import MATH
+from fxq.canonical_reduce import REDUCE
 from fxq.canonical_shape import SHAPE
 from fxq.constants import fold_constants, fold_repeated
 from fxq.graph import add_module, kind, module_of
@@ -23,7 +24,7 @@ from fxq.inline import CannotInline, inline, wants_inline
 from fxq.pipeline import Pass, PassContext
 from fxq.shapes import propagate
 
-FORMS: dict[str, Form] = {**MATH, **SHAPE, **INDEX, **LAYERS, **ATTENTION}
+FORMS: dict[str, Form] = {**MATH, **REDUCE, **SHAPE, **INDEX, **LAYERS, **ATTENTION}
 """Canonical forms of functions and methods, by their names without overload and underscores."""
 
 ODD = (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError, AssertionError)
@@ -56,7 +57,7 @@ class Canonicalize(Pass):
                 break
             changed += _without_checks(gm)
             propagate(gm, ctx.example)
-        changed += _shuffles(gm) + _one_module_per_call(gm)
+        changed += shorten(gm) + _one_module_per_call(gm)
         gm.graph.eliminate_dead_code(_stays)
         propagate(gm, ctx.example)
         for node in gm.graph.nodes:
@@ -130,28 +131,6 @@ def _open(gm: GraphModule, ctx: PassContext, why: dict[Node, str]) -> int:
     return opened
 
 
-def _shuffles(gm: GraphModule) -> int:
-    """Reshape, permute, reshape that reorders one dimension (a channel shuffle) becomes one selection."""
-    done = 0
-    for first in list(gm.graph.nodes):
-        if first._erased or kind(gm, first) != "reshape":
-            continue
-        chain = [first]
-        while len(chain[-1].users) == 1 and kind(gm, next(iter(chain[-1].users))) in ("reshape", "permute"):
-            chain.append(next(iter(chain[-1].users)))
-        x: Any = first.args[0]
-        while len(chain) > 2 and not (kind(gm, chain[-1]) == "reshape" and chain[-1].meta["shape"] == x.meta["shape"]):
-            chain.pop()
-        found = reorder_of(x, [module_of(gm, n) for n in chain]) if len(chain) > 2 else None
-        if found is None:
-            continue
-        At(gm, chain[-1]).put("shuffle", m.IndexSelect(*found), x)
-        for node in reversed(chain[:-1]):
-            gm.graph.erase_node(node)
-        done += 1
-    return done
-
-
 def _one_module_per_call(gm: GraphModule) -> int:
     """A module that is called again gets another path for each further call (the same parameters)."""
     seen: set[str] = set()
@@ -160,7 +139,10 @@ def _one_module_per_call(gm: GraphModule) -> int:
         if node.op != "call_module":
             continue
         if str(node.target) in seen:
-            node.target = add_module(gm, str(node.target), copy.copy(module_of(gm, node)))
+            twin = copy.copy(module_of(gm, node))
+            for table in ("_parameters", "_buffers", "_modules"):  # the same tensors, not the same tables: swapping one must not touch the other
+                twin.__dict__[table] = dict(twin.__dict__[table])
+            node.target = add_module(gm, str(node.target), twin)
             changed += 1
         seen.add(str(node.target))
     return changed
