@@ -20,21 +20,6 @@ def zero_point(net: Net, op: Op) -> float | None:
     return net.scalar(op.inputs[2]) if has(op, 2) else 0.0
 
 
-def relu_before_clip(net: Net) -> bool:
-    """Relu in front of Clip becomes part of the Clip; only a Clip that starts at or above 0 is looked for."""
-    changed = False
-    for op in net:
-        reader = net.only_reader(op) if op.op == "Relu" else None
-        if reader is not None and reader.op == "Clip":
-            low, high = clip_range(net, reader)
-            if low is not None and high is not None and low >= 0:
-                reader.origins += op.origins
-                net.remove(op)
-                net.rewire(reader, 0, op.inputs[0])
-                changed = True
-    return changed
-
-
 def clip_range(net: Net, op: Op) -> tuple[float | None, float | None]:
     """Constant bounds of Relu or Clip; None where they are not known."""
     if op.op == "Relu":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import onnx
 
-from fxq.lint_clips import CODES, relu_before_clip, zero_point
+from fxq.lint_clips import CODES, zero_point
 from fxq.lint_graph import DQ, FLOATS, Net, Op, Q, has
 
 S8_TO_U8 = -CODES[onnx.TensorProto.INT8].qmin
@@ -355,6 +355,6 @@ def drop_dq_q(net: Net) -> bool:
 
 
 BEFORE = (
-    drop_identities, relu_before_clip, drop_double_pairs, merge_twins, fold_constants, transpose_into_gemm, transpose_weights, matmul_add,
+    drop_identities, drop_double_pairs, merge_twins, fold_constants, transpose_into_gemm, transpose_weights, matmul_add,
     propagate_forward, propagate_backward, quantize_constants, one_reader_per_dq,
 )  # fmt: skip

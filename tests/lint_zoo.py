@@ -426,6 +426,11 @@ def chains() -> Iterator[Case]:
     def two_pairs(g: Graph, x: str) -> tuple[str, ...]:
         return g.qdq(one(g, g.qdq(x))), g.qdq(one(g, g.qdq(x), seed=1))
 
+    def twin_pairs(g: Graph, x: str) -> tuple[str, ...]:
+        grid = g.grid("u8", 0.1, True)
+        a, b = (g.op("DequantizeLinear", g.op("QuantizeLinear", x, *grid), *grid) for _ in range(2))
+        return g.qdq(one(g, a)), g.qdq(one(g, b, seed=1))
+
     def pairs_in_a_row(g: Graph, x: str) -> tuple[str, ...]:
         return (g.qdq(one(g, g.qdq(g.qdq(x), "u8", 0.2))),)
 
@@ -465,7 +470,8 @@ def chains() -> Iterator[Case]:
         return (g.op("Gemm", g.op("Flatten", g.op("GlobalAveragePool", y)), g.const(np.ones((8, 3), np.float32))),)
 
     for f in (
-        tanh_and_conv, pair_is_output, two_pairs, pairs_in_a_row, requantized_branch, flatten_gemm, shared_bias, batch_norm, moves_in_a_row, moved_weight,
+        tanh_and_conv, pair_is_output, two_pairs, twin_pairs, pairs_in_a_row, requantized_branch, flatten_gemm, shared_bias, batch_norm, moves_in_a_row,
+        moved_weight,
         where, q_behind_input, plain,
     ):  # fmt: skip
         cases[f.__name__] = f
