@@ -44,7 +44,7 @@ def fold_constants(gm: GraphModule) -> int:
             value = _evaluate(gm, node, values)
         except Exception:  # noqa: S112 - what cannot be computed now stays in the graph
             continue
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and value.device.type != "meta":
             _replace(gm, node, value, found)
             done += 1
     if done:
@@ -152,11 +152,10 @@ def fold_repeated(gm: GraphModule) -> int:
                 repeated[node] = True
     done = 0
     values: tuple[dict[Node, Any], dict[Node, Any]] = ({}, {})
-    for node in repeated:
-        for user in list(node.users):
-            if user not in repeated and user.op != "output":
-                one = _single(gm, node, values)
-                done += one is not None and (_token(gm, user, node, one) or _broadcast(gm, user, node, one))
+    users = dict.fromkeys(u for node in repeated for u in node.users if u not in repeated and u.op in ("call_function", "call_method"))
+    for user in users:
+        ones = {n: one for n in user.all_input_nodes if n in repeated and (one := _single(gm, n, values)) is not None}
+        done += bool(ones) and (_token(gm, user, ones) or _broadcast(gm, user, ones))
     return done
 
 
@@ -170,6 +169,8 @@ def _single(gm: GraphModule, node: Node, values: tuple[dict[Node, Any], dict[Nod
         both = [_evaluate(gm, node, table, which) for table, which in zip(values, ("value", "other"), strict=True)]
     except Exception:
         return None
+    if any(not isinstance(v, Tensor) or v.device.type == "meta" for v in both):
+        return None
     one: Tensor = both[0].narrow(dim, 0, 1)
     if not one.is_floating_point() or any(not torch.equal(v, one.expand_as(v)) for v in both):
         return None
@@ -177,35 +178,38 @@ def _single(gm: GraphModule, node: Node, values: tuple[dict[Node, Any], dict[Nod
     return nn.Parameter(one) if _from_parameter(gm, node) else one
 
 
-def _token(gm: GraphModule, user: Node, node: Node, one: Tensor) -> bool:
-    """``cat([constant, x])`` is ``pad(x) + constant``."""
+def _token(gm: GraphModule, user: Node, ones: dict[Node, Tensor]) -> bool:
+    """``cat([constant, x])`` is ``pad(x) + constant``; constants may stand on both sides."""
     xs: Any = user.args[0] if user.args else None
-    if user.op == "call_module" or name_of(user) not in ("cat", "concat", "concatenate") or not isinstance(xs, (tuple, list)) or len(xs) != 2:
+    if name_of(user) not in ("cat", "concat", "concatenate") or not isinstance(xs, (tuple, list)):
         return False
-    i = list(xs).index(node)
-    x, n, at = xs[1 - i], len(shape(user)), At(gm, user)
+    rest = [x for x in xs if x not in ones]
+    n, at = len(shape(user)), At(gm, user)
     dim = int(at.arg(1, "dim", at.arg(1, "axis", 0))) % n
     dynamic = user.meta["dynamic"]
-    if x is node or x.meta["dynamic"] != dynamic or dynamic != node.meta["dynamic"] or dynamic[dim] or x.meta["dtype"] != one.dtype:
+    if len(rest) != 1 or dynamic[dim] or any(x.meta["dynamic"] != dynamic or x.meta["dtype"] != user.meta["dtype"] for x in xs):
         return False
-    room = list(one.shape)
+    (x,), i = rest, list(xs).index(rest[0])
+    room = list(next(iter(ones.values())).shape)
     room[dim] = shape(x)[dim]
-    zeros = one.new_zeros(room)
-    fill = torch.cat([one.detach(), zeros] if i == 0 else [zeros, one.detach()], dim)
+    zeros = next(iter(ones.values())).detach().new_zeros(room)
+    fill = torch.cat([zeros if v is x else ones[v].detach() for v in xs], dim)
     pads = [0] * (2 * (n - dim))
-    pads[2 * (n - 1 - dim) + i] = one.shape[dim]
-    held = at.constant("token", nn.Parameter(fill) if isinstance(one, nn.Parameter) else fill)
+    pads[2 * (n - 1 - dim)] = sum(ones[v].shape[dim] for v in xs[:i])
+    pads[2 * (n - 1 - dim) + 1] = sum(ones[v].shape[dim] for v in xs[i + 1 :])
+    held = at.constant("token", nn.Parameter(fill) if any(isinstance(v, nn.Parameter) for v in ones.values()) else fill)
     at.put("token", m.Add(), at.new("pad", m.Pad(pads), x), held)
     return True
 
 
-def _broadcast(gm: GraphModule, user: Node, node: Node, one: Tensor) -> bool:
+def _broadcast(gm: GraphModule, user: Node, ones: dict[Node, Tensor]) -> bool:
     """Arithmetic with a tensor that has the batch itself."""
-    others = [a for a in user.args if isinstance(a, Node) and a is not node]
-    if user.op == "call_module" or name_of(user) not in ("add", "iadd", "sub", "mul", "imul", "div", "truediv") or len(others) != 1:
+    others = [a for a in user.args if isinstance(a, Node) and a not in ones]
+    if name_of(user) not in ("add", "iadd", "sub", "mul", "imul", "div", "truediv") or len(others) != 1:
         return False
     x = others[0]
-    if shape(x) != shape(user) or x.meta["dynamic"] != user.meta["dynamic"]:
+    if x.meta.get("shape") != user.meta["shape"] or x.meta["dynamic"] != user.meta["dynamic"]:
         return False
-    user.replace_input_with(node, At(gm, user).constant("repeated", one))
+    for node, one in ones.items():
+        user.replace_input_with(node, At(gm, user).constant("repeated", one))
     return True

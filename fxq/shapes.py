@@ -79,6 +79,7 @@ def propagate(gm: GraphModule, example: tuple[Any, ...]) -> None:
         two = run(gm, more)
     except Exception:
         two = one
+    home = next((x.device for x in example if isinstance(x, Tensor)), torch.device("cpu"))
     for node, value in one.items():
         if node.op == "output":
             continue
@@ -86,7 +87,7 @@ def propagate(gm: GraphModule, example: tuple[Any, ...]) -> None:
         for key in ("value", "other"):
             node.meta.pop(key, None)
         if _is_plain(value):
-            node.meta.update(value=_as_python(value), other=_as_python(other), shape=None, dtype=None, dynamic=value != other)
+            node.meta.update(value=_as_python(value, home), other=_as_python(other, home), shape=None, dtype=None, dynamic=value != other)
             continue
         node.meta.update(shape=tree_shape(value), dynamic=compare_shapes(tree_shape(value), tree_shape(other)))
         node.meta["dtype"] = [getattr(v, "dtype", None) for v in value] if isinstance(value, (tuple, list)) else getattr(value, "dtype", None)
@@ -99,5 +100,8 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (int, float, bool, str, torch.dtype, torch.device, torch.memory_format, torch.layout))
 
 
-def _as_python(value: Any) -> Any:
-    return tuple(_as_python(v) for v in value) if isinstance(value, tuple) else value
+def _as_python(value: Any, home: torch.device) -> Any:
+    """``torch.Size`` as a tuple, and the meta device as the one that the graph's inputs are on."""
+    if isinstance(value, torch.device) and value.type == "meta":
+        return home
+    return tuple(_as_python(v, home) for v in value) if isinstance(value, tuple) else value
