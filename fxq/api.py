@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -12,9 +13,9 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from fxq import graph, schemes, targets
+from fxq import admission, graph, schemes, targets
 from fxq.calibration import Batches
-from fxq.errors import CalibrationError, FxqError, LoweringError, SchemeError, TargetError, nearest
+from fxq.errors import CalibrationError, FxqError, LoweringError, SchemeError, TargetError, TraceError, nearest
 from fxq.exported import program_module
 from fxq.lowering import Artifact, Lowering
 from fxq.passes.annotate import Annotate
@@ -99,6 +100,19 @@ class CompiledModel(nn.Module):
         self._reference: Any = None
         self.eval()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
+        """A copy of its own; the integer reference is made anew when it is asked for."""
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k != "_reference"}, _reference=None)
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise FxqError(
+            "a CompiledModel cannot be pickled: torch.fx drops the grids of its nodes",
+            way_out="Save m.lower(), or m.state_dict() to load into the same model compiled again",
+        )
+
     @property
     def graph_module(self) -> GraphModule:
         """The compiled FX graph.
@@ -141,12 +155,14 @@ class CompiledModel(nn.Module):
         Raises:
             LoweringError: with every finding when the backend cannot take the graph.
             TargetError: unknown backend, or a target other than the one the model was compiled for.
+            SchemeError, CalibrationError: weights that were changed to another type, or to NaN, after compiling.
         """
         to = self.target if target is None else targets.get(target)
         if to != self.target:
             raise TargetError(
                 f"the model was compiled for {self.target.name!r}, not {to.name!r}", way_out=f"Compile it with target={to.name!r}"
             )
+        admission.check_model(self.root)
         return backend(backend_name).lower(self.graph_module, self.scheme, to)
 
     def lint(self, target: str | None = None) -> LintReport:
@@ -169,7 +185,7 @@ class CompiledModel(nn.Module):
         from fxq.proof import verify
 
         gm = self.graph_module
-        return verify(gm, artifact, Batches(data, gm, limit=limit))
+        return verify(gm, artifact, Batches(data, gm, limit=limit, what="data to verify with"))
 
 
 def compile(  # noqa: A001 - the name that torch users expect
@@ -179,7 +195,7 @@ def compile(  # noqa: A001 - the name that torch users expect
     calibration: Any = None,
     example: Any = None,
     target: str | Target = "onnxruntime",
-    skip: Sequence[str] = (),
+    skip: str | Sequence[str] = (),
     observer: str | None = None,
     leaf_modules: Sequence[type[nn.Module]] = (),
     batches: int | None = None,
@@ -208,25 +224,33 @@ def compile(  # noqa: A001 - the name that torch users expect
         raise SchemeError(f"unknown observer {observer!r}", way_out=nearest(observer, schemes.OBSERVERS))
     if isinstance(model, torch.export.ExportedProgram):
         model = program_module(model)
-    _check_model(model)
+    net: nn.Module = admission.unwrapped(model)
+    if isinstance(net, CompiledModel):
+        raise FxqError("the model is compiled already", way_out="Pass the float model that it was made from")
+    admission.check_model(net)
     if sch.method == "static" and calibration is None:
         raise CalibrationError(
             f"the scheme {sch.name!r} needs calibration data",
             way_out="Pass calibration= (a few hundred samples), or use dynamic_w8 or weight_only_w8",
         )
-    data = Batches(calibration if calibration is not None else [example], model, limit=batches)
     if calibration is None and example is None:
         raise CalibrationError("the shapes are not known", way_out="Pass example= with one batch of inputs, or calibration=")
+    data = Batches(calibration if calibration is not None else [example], net, limit=batches)
+    skip = (skip,) if isinstance(skip, str) else tuple(skip)
     report = progress or no_progress
     start = time.perf_counter()
     few = tuple(x[:2] if isinstance(x, torch.Tensor) and x.ndim else x for x in data.example)
-    captured = capture(model, few, leaf_modules=tuple(leaf_modules))
+    try:
+        captured = capture(net, few, leaf_modules=tuple(leaf_modules))
+    except TraceError as e:
+        admission.require_runs(net, few, data.example, e)
+        raise
     ms = (time.perf_counter() - start) * 1e3
     notes = tuple(captured.specialised)
     if captured.gm is None:
-        return _compile_parts(captured, sch, tgt, data, tuple(skip), observer, report, ms)
+        return _compile_parts(captured, sch, tgt, data, skip, observer, report, ms)
     history = History([take(captured.gm, "trace", ms=ms, skips=tuple(Skip("capture", f"specialised: {n}") for n in notes))])
-    ctx = PassContext(sch, tgt, few, data, tuple(skip), report)
+    ctx = PassContext(sch, tgt, few, data, skip, report)
     pipeline_for(sch, observer).run(captured.gm, ctx, history)
     return CompiledModel(captured.gm, captured, history, sch, tgt)
 
@@ -280,16 +304,3 @@ def _record_inputs(root: nn.Module, paths: list[str], data: Iterable[tuple[Any, 
         for h in handles:
             h.remove()
     return seen
-
-
-def _check_model(model: nn.Module) -> None:
-    """Refuse what would give wrong or half-finished artifacts, before any work."""
-    if not isinstance(model, nn.Module):
-        raise FxqError(f"expected a torch.nn.Module, got {type(model).__name__}", way_out="Pass the model itself, not its output or state dict")
-    for name, p in [*model.named_parameters(), *model.named_buffers()]:
-        if p.device.type == "meta":
-            raise FxqError("the tensor has no data (device meta)", where=name, way_out="Load the weights before compiling")
-        if p.is_floating_point() and p.dtype != torch.float32:
-            raise SchemeError(f"the weights are {p.dtype}, fxq compiles float32 models", where=name, way_out="Pass model.float()")
-        if p.is_floating_point() and not bool(torch.isfinite(p).all()):
-            raise CalibrationError("the tensor holds NaN or infinity", where=name, way_out="Load finite weights")

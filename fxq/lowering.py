@@ -47,14 +47,16 @@ class Artifact:
         """Write the whole file or nothing (temporary file beside it, then an atomic rename).
 
         Raises:
-            ArtifactError: when the file exists and ``force`` is false, or the folder cannot be written.
+            ArtifactError: when the file exists and ``force`` is false, it is a folder, or it cannot be written.
         """
         target = Path(path)
-        if target.exists() and not force:
-            raise ArtifactError("the file exists", where=str(target), way_out="Pass force=True (--force) or choose another name")
         tmp: str | None = None
         try:
-            fd, tmp = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+            if target.is_dir():
+                raise ArtifactError("it is a folder", where=str(target), way_out="Give the name of a file")
+            if os.path.lexists(target) and not force:
+                raise ArtifactError("the file exists", where=str(target), way_out="Pass force=True (--force) or choose another name")
+            fd, tmp = tempfile.mkstemp(prefix=f".{target.name[:64]}.", suffix=".part", dir=target.parent)
             with os.fdopen(fd, "wb") as f:
                 f.write(self.data)
                 f.flush()
@@ -63,11 +65,14 @@ class Artifact:
             os.umask(mask)
             os.chmod(tmp, 0o666 & ~mask)
             os.replace(tmp, target)
-        except OSError as e:
+        except BaseException as e:  # a KeyboardInterrupt must not leave the temporary file behind either
             if tmp is not None:
                 with contextlib.suppress(OSError):
                     os.unlink(tmp)
-            raise ArtifactError(f"cannot write: {e.strerror or e}", where=str(target), way_out="Check that the folder exists and is writable") from e
+            if not isinstance(e, (OSError, ValueError)):  # ValueError: a name with a null byte
+                raise
+            way_out = "Check that the folder exists and is writable"
+            raise ArtifactError(f"cannot write: {getattr(e, 'strerror', None) or e}", where=str(target), way_out=way_out) from e
         return target
 
 

@@ -90,6 +90,8 @@ def get(scheme: str | Scheme) -> Scheme:
     """
     if isinstance(scheme, Scheme):
         return scheme
+    if not isinstance(scheme, str):
+        raise SchemeError(f"a scheme is a name or a Scheme, not {scheme!r}", way_out=nearest("", _TABLE))
     if scheme not in _TABLE:
         raise SchemeError(f"unknown scheme {scheme!r}", way_out=nearest(scheme, _TABLE))
     return _TABLE[scheme]

@@ -122,7 +122,10 @@ class QParams:
         s, z = self.scale, self.zero_point
         tiny = torch.finfo(torch.float32).tiny
         if s.dtype != torch.float32 or z.dtype != torch.int32 or s.shape != z.shape:
-            raise SchemeError(f"scale {s.dtype}{list(s.shape)} and zero point {z.dtype}{list(z.shape)} must be float32 and int32 of one shape")
+            raise SchemeError(
+                f"scale {s.dtype}{list(s.shape)} and zero point {z.dtype}{list(z.shape)} must be float32 and int32 of one shape",
+                way_out="A compiled model stays float32; call m.float()",
+            )
         if (s.ndim != 0) != (self.spec.axis is not None) or s.ndim > 1:
             raise SchemeError(f"a scale of shape {list(s.shape)} does not fit the grid {self.spec}")
         if not bool(torch.isfinite(s).all()) or bool((s < tiny).any()):

@@ -120,6 +120,8 @@ def get(target: str | Target) -> Target:
     """
     if isinstance(target, Target):
         return target
+    if not isinstance(target, str):
+        raise TargetError(f"a target is a name or a Target, not {target!r}", way_out=nearest("", _TABLE))
     if target not in _TABLE:
         raise TargetError(f"unknown target {target!r}", way_out=nearest(target, _TABLE))
     return _TABLE[target]

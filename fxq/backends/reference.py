@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fxq import kernels, numerics
 from fxq import modules as m
+from fxq.errors import FxqError
 from fxq.graph import attr, kind, module_of
 from fxq.kernels import Codes
 
@@ -154,8 +155,16 @@ class Reference:
         return seen
 
     def walk(self, inputs: tuple[Any, ...], observe: Observe | None = None) -> Any:
-        """Run the graph; ``observe(step, value)`` sees every step's result and may return another value to go on with."""
+        """Run the graph; ``observe(step, value)`` sees every step's result and may return another value to go on with.
+
+        Raises:
+            FxqError: for another number of inputs than the graph takes, or something that is no tensor.
+        """
         env: dict[Node, Any] = {}
+        wanted = sum(n.op == "placeholder" for n in self.gm.graph.nodes)
+        if len(inputs) != wanted or not all(isinstance(x, Tensor) for x in tree_leaves(inputs)):
+            kinds = ", ".join(type(x).__name__ for x in inputs) or "none"
+            raise FxqError(f"the model takes {wanted} inputs, given are {kinds}", way_out="Pass tensors, one for each input of the model")
         given = iter(inputs)
         with torch.inference_mode():
             for n in self.gm.graph.nodes:

@@ -1,0 +1,103 @@
+"""What :func:`fxq.compile` lets in: models that can be quantized as they are, and data that they run on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
+
+from fxq.errors import CalibrationError, FxqError, SchemeError
+from fxq.trace import copied, run
+from fxq.tracers import fault_of
+
+
+def unwrapped(model: Any) -> Any:
+    """The module behind ``torch.compile`` and ``nn.DataParallel``; anything else as it is."""
+    while isinstance(model, nn.Module):
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            break
+    return model
+
+
+def check_model(model: Any) -> None:
+    """Refuse what would give wrong or half-finished artifacts, before any work.
+
+    Raises:
+        FxqError: not a module, a TorchScript module, weights without data or on several devices.
+        SchemeError: weights of another float type than float32.
+        CalibrationError: NaN or infinity in a weight or buffer.
+    """
+    if not isinstance(model, nn.Module):
+        raise FxqError(f"expected a torch.nn.Module, got {_name(model)}", way_out="Pass the model itself, not its class, output or state dict")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise FxqError("TorchScript has no Python code to capture", where=type(model).__name__, way_out="Pass the model that it was made from")
+    home: tuple[str, torch.device] | None = None
+    for name, p in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(p):
+            raise FxqError("the tensor has no shape yet (a lazy module)", where=name, way_out="Run the model once before compiling")
+        if p.device.type == "meta":
+            raise FxqError("the tensor has no data (device meta)", where=name, way_out="Load the weights before compiling")
+        if home is not None and p.device != home[1]:
+            raise FxqError(f"the tensor is on {p.device}, {home[0]} on {home[1]}", where=name, way_out="Move the model to one device")
+        home = home or (name, p.device)
+        if (p.is_floating_point() or p.is_complex()) and p.dtype != torch.float32:
+            raise SchemeError(f"the weights are {p.dtype}, fxq compiles float32 models", where=name, way_out="Pass model.float()")
+        if p.is_floating_point() and not _finite(p):
+            raise CalibrationError("the tensor holds NaN or infinity", where=name, way_out="Load finite weights")
+
+
+def _finite(p: Tensor) -> bool:
+    """The sum is quick and tells nearly always; it alone may overflow."""
+    with torch.no_grad():
+        return bool(torch.isfinite(p.sum())) or bool(torch.isfinite(p).all())
+
+
+def _name(model: Any) -> str:
+    return f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+
+
+def require_runs(model: nn.Module, few: tuple[Any, ...], whole: tuple[Any, ...], cause: Exception) -> None:
+    """Tell a model that cannot be captured from data that the float model itself cannot take.
+
+    Args:
+        model: the user's model; a copy of it is run.
+        few: the first two samples of the first batch.
+        whole: the first batch.
+        cause: why capture failed.
+
+    Raises:
+        CalibrationError: when the model does not run on ``few``.
+    """
+    root = copied(model)
+    given = _described(whole)
+    for inputs in (whole, few):
+        try:
+            run(root, inputs)
+        except Exception as e:
+            where, what = fault_of(e)
+            if inputs is whole:
+                raise CalibrationError(f"the model does not run on {given}: {what}", where=where, way_out=_way_out(whole)) from cause
+            raise CalibrationError(
+                f"the model runs on {given}, but not on the first 2 along dimension 0, which has to be the batch: {what}",
+                where=where,
+                way_out="Give batches (x.unsqueeze(0), or a DataLoader), not single samples",
+            ) from cause
+
+
+def _described(inputs: tuple[Any, ...]) -> str:
+    tensors = [f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for x in tree_leaves(inputs) if isinstance(x, Tensor)]
+    return ("inputs of " if len(tensors) > 1 else "an input of ") + " and ".join(tensors)
+
+
+def _way_out(inputs: tuple[Any, ...]) -> str:
+    odd = [x.dtype for x in tree_leaves(inputs) if isinstance(x, Tensor) and not x.is_floating_point()]
+    if odd and odd[0] in (torch.uint8, torch.bool):
+        return "Convert the data to float and normalise it as in training"
+    return "Give the tensors that forward takes; dimension 0 is the batch"
