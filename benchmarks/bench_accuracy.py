@@ -27,7 +27,7 @@ from bench_speed import export_fp32, quantize_static
 from torch import Tensor, nn
 
 import fxq
-from fxq import schemes
+from fxq import schemes, zoo
 
 DATA = Path(os.environ.get("FXQ_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
 BATCH = 32
@@ -42,6 +42,14 @@ def load(path: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+ZOO = {"kws_dscnn": "ds_cnn", "imagenet_squeezenet1_0_dc": "squeezenet1_0_caffe"}
+
+
+def trained(name: str, weights: str | None = None) -> nn.Module:
+    """A net of :mod:`fxq.zoo` with the weights of the data folder, or with ``weights``."""
+    return zoo.build(ZOO.get(name, name.removeprefix("cifar10_")), weights or DATA / "models" / f"{name}.safetensors")
 
 
 @dataclass
@@ -64,7 +72,7 @@ def cifar(name: str) -> Case:
 
     train, _ = data.load("train", [0])
     test, y = data.load("test")
-    return Case(load("models/zoo.py").build(name), prepare(train[:512]), prepare(test), torch.from_numpy(y).long())
+    return Case(trained(name), prepare(train[:512]), prepare(test), torch.from_numpy(y).long())
 
 
 def imagenet(name: str) -> Case:
@@ -83,14 +91,14 @@ def imagenet(name: str) -> Case:
     calibration = torch.stack([prepare(a) for a, _ in data.load("sample400", 256)])
     test = data.load("val1300")
     x, y = torch.stack([prepare(a) for a, _ in test]), torch.tensor([label for _, label in test])
-    return Case(load("models/zoo.py").build(name, weights), calibration, x, y)
+    return Case(trained(name, weights), calibration, x, y)
 
 
 def kws(name: str) -> Case:
     data = np.load(DATA / "kws" / "kws01.npz")
     x = torch.from_numpy((data["x"].astype(np.float32) - 83) * np.float32(0.5847029089927673))[:, None]
     y = torch.from_numpy(data["y"]).long()
-    return Case(load("models/zoo.py").build(name), x[:100], x[100:], y[100:])
+    return Case(trained(name), x[:100], x[100:], y[100:])
 
 
 NETS: dict[str, Callable[[str], Case]] = {
