@@ -32,7 +32,7 @@ from fxq.pipeline import Pass, PassContext, Pipeline, Progress, no_progress
 from fxq.schemes import Scheme
 from fxq.snapshot import History, Skip, take
 from fxq.targets import Target
-from fxq.trace import Captured, capture
+from fxq.trace import Captured, capture, resized
 
 if TYPE_CHECKING:
     from fxq.lint import LintReport
@@ -250,7 +250,7 @@ def compile(  # noqa: A001 - the name that torch users expect
     if captured.gm is None:
         return _compile_parts(captured, sch, tgt, data, skip, observer, report, ms)
     history = History([take(captured.gm, "trace", ms=ms, skips=tuple(Skip("capture", f"specialised: {n}") for n in notes))])
-    ctx = PassContext(sch, tgt, few, data, skip, report)
+    ctx = PassContext(sch, tgt, few, data, skip, report, probe=few if notes else resized(few, 1))
     pipeline_for(sch, observer).run(captured.gm, ctx, history)
     return CompiledModel(captured.gm, captured, history, sch, tgt)
 

@@ -36,6 +36,7 @@ class PassContext:
     Attributes:
         scheme, target: the choice of grids and the runtime they are for.
         example: positional example inputs, tensors on the model's device.
+        probe: inputs on which the change of the output is measured; default: ``example``.
         calibration: the user's data, already normalised to tuples of positional inputs; read once.
         float_nodes: patterns (``fnmatch`` on module path or node name) that stay float.
         progress: callback for long work.
@@ -51,6 +52,7 @@ class PassContext:
     progress: Progress = no_progress
     skips: list[Skip] = field(default_factory=list)
     kept: list[tuple[Any, ...]] = field(default_factory=list)
+    probe: tuple[Any, ...] | None = None
 
     def skip(self, node: Node | str, why: str) -> None:
         """Record that a pass left ``node`` alone, and why."""
@@ -141,9 +143,8 @@ class Pipeline:
 
 
 def _output(gm: GraphModule, ctx: PassContext) -> Any:
-    """Output on one example (the first of the batch where that is possible)."""
     with torch.inference_mode():
-        return gm(*ctx.example)
+        return gm(*(ctx.example if ctx.probe is None else ctx.probe))
 
 
 def _debug(history: History) -> None:

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from fxq import numerics
 from fxq.errors import CalibrationError
-from fxq.graph import Grid, data_inputs, grids, kind
+from fxq.graph import Grid, data_inputs, grids, kind, walk
 from fxq.observers import Observer, make
 from fxq.pipeline import Pass, PassContext
 from fxq.targets import Target
@@ -95,9 +95,10 @@ class Calibrate(Pass):
         runner = _Observe(gm.eval(), {n: watch[n] for n in gm.graph.nodes if n in watch})
         total = operator.length_hint(ctx.calibration, 0) or None
         room = self.keep if ctx.scheme.reconstructs else 0
+        layout = _channels_last if all(k != "opaque" for _, k in walk(gm)) else tuple
         with torch.inference_mode():
             for batch in ctx.calibration:
-                runner.run(*batch)
+                runner.run(*layout(batch))
                 size = sum(x.numel() for x in batch if isinstance(x, Tensor))
                 if room >= size or (room and not ctx.kept):
                     ctx.kept.append(batch)
@@ -106,6 +107,17 @@ class Calibrate(Pass):
                     room = 0
                 runner.batch += 1
                 ctx.progress(self.name, runner.batch, total)
+
+
+def _channels_last(batch: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Images and volumes with the channels innermost in memory, which CPU convolutions take without reordering."""
+    return tuple(_format(x) for x in batch)
+
+
+def _format(x: Any) -> Any:
+    if not isinstance(x, Tensor) or x.ndim not in (4, 5):
+        return x
+    return x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
 
 
 def _moves(gm: GraphModule, node: Node, target: Target) -> bool:

@@ -40,7 +40,7 @@ class Canonicalize(Pass):
     """
 
     name: ClassVar[str] = "canonicalize"
-    ensures: ClassVar[tuple[str, ...]] = ("canonical", "shapes-known")
+    ensures: ClassVar[tuple[str, ...]] = ("canonical",)
     tolerance: ClassVar[float | None] = 1e-4
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
@@ -59,7 +59,6 @@ class Canonicalize(Pass):
             propagate(gm, ctx.example)
         changed += shorten(gm) + _one_module_per_call(gm)
         gm.graph.eliminate_dead_code(_stays)
-        propagate(gm, ctx.example)
         for node in gm.graph.nodes:
             if node in why and kind(gm, node) == "opaque":
                 ctx.skip(node, why[node])

@@ -72,7 +72,7 @@ def values(gm: GraphModule, xs: list[Tensor]) -> dict[str, list[Tensor]]:
     for x in xs:
         r = Interpreter(gm, garbage_collect_values=False)
         with torch.no_grad():
-            r.run(x)
+            r.run(x.contiguous(memory_format=torch.channels_last))  # the layout in which calibrate runs: other sums, other last bits
         for node, v in r.env.items():
             if "grid" in node.meta:
                 out[node.meta["grid"]].append(v)  # in graph order: the members of one batch follow each other
