@@ -24,6 +24,13 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(message, way_out="See fxq-lower --help")
 
 
+def _count(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return value
+
+
 def parser() -> argparse.ArgumentParser:
     """The options of ``fxq-lower``."""
     p = _Parser("fxq-lower", description="Compile a PyTorch model into a quantized artifact and prove it.")
@@ -31,8 +38,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--weights", metavar="FILE", help=".safetensors or a torch state dict; loaded strictly")
     p.add_argument("--input", action="append", default=[], metavar="SHAPE", help="like 1,3,224,224 or 1,16:int64; once per input")
     p.add_argument("--calibration", metavar="PATH", help="folder of images, .npy or .npz")
-    p.add_argument("--calibration-batches", type=int, metavar="N", help="use at most N batches")
-    p.add_argument("--batch-size", type=int, default=8, metavar="N")
+    p.add_argument("--calibration-batches", type=_count, metavar="N", help="use at most N batches")
+    p.add_argument("--batch-size", type=_count, default=8, metavar="N")
     p.add_argument("--scheme", default="iao_w8a8")
     p.add_argument("--target", default="onnxruntime")
     p.add_argument("--observer", help="override the scheme's activation observer")
@@ -108,10 +115,14 @@ def _check_output(a: argparse.Namespace) -> Path | None:
     """Refuse an output that cannot be written before the work starts."""
     for name in filter(None, (a.output, a.report_json)):
         path = Path(name)
+        if path.is_dir():
+            raise ArtifactError("it is a folder", where=name, way_out="Give the name of a file")
         if path.exists() and not a.force:
             raise ArtifactError("the file exists", where=name, way_out="Add --force or choose another name")
         if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-            raise ArtifactError("its folder does not exist or is not writable", where=name)
+            raise ArtifactError("its folder does not exist or is not writable", where=name, way_out="Make the folder first")
+    if a.output and a.report_json and os.path.realpath(a.output) == os.path.realpath(a.report_json):
+        raise ArtifactError("the model and the report would be the same file", where=a.output, way_out="Give two names")
     return Path(a.output) if a.output else None
 
 

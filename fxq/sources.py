@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import re
@@ -42,10 +43,29 @@ def model_from(source: str) -> Any:
     if not hasattr(module, name):
         raise InputError(f"{origin} has no {name!r}", way_out=nearest(name, [n for n in vars(module) if not n.startswith("_")]))
     made = getattr(module, name)
-    model = made if isinstance(made, nn.Module) else made()
+    model = made if isinstance(made, nn.Module) else _called(made, source)
     if not isinstance(model, nn.Module):
         raise InputError(f"{source} gives a {type(model).__name__}, not a torch.nn.Module", way_out="Return the model")
     return model
+
+
+def _called(made: Any, source: str, **options: Any) -> Any:
+    """What a builder gives.
+
+    Raises:
+        InputError: when it is no function, or fails without arguments.
+    """
+    if not callable(made):
+        raise InputError(f"{source} is a {type(made).__name__}", way_out="Name a function without arguments that returns the model")
+    try:
+        return made(**options)
+    except Exception as e:
+        way_out = "It has to return the model when it is called without arguments"
+        raise InputError(f"{source} fails: {type(e).__name__}: {_line(e)}", way_out=way_out) from e
+
+
+def _line(e: Exception) -> str:
+    return (str(e).strip() or "no message").splitlines()[0]
 
 
 def _exported(path: Path) -> Any:
@@ -54,7 +74,7 @@ def _exported(path: Path) -> Any:
     try:
         return torch.export.load(path)
     except Exception as e:
-        raise InputError(f"not an exported program: {str(e).splitlines()[0]}", where=str(path), way_out="Write it with torch.export.save") from e
+        raise InputError(f"not an exported program: {_line(e)}", where=str(path), way_out="Write it with torch.export.save") from e
 
 
 def _torchvision(name: str) -> nn.Module:
@@ -68,7 +88,7 @@ def _torchvision(name: str) -> nn.Module:
     extra: dict[str, Any] = {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
     if name in ("googlenet", "inception_v3"):
         extra["init_weights"] = True
-    model: nn.Module = builder(weights=None, **extra)
+    model: nn.Module = _called(builder, f"torchvision:{name}", weights=None, **extra)
     return model
 
 
@@ -79,7 +99,7 @@ def _timm(name: str) -> nn.Module:
         raise InputError("timm is not installed", way_out="pip install timm") from e
     if not timm.is_model(name):
         raise InputError(f"timm has no model {name!r}", way_out=nearest(name, timm.list_models()))
-    model: nn.Module = timm.create_model(name, pretrained=False)
+    model: nn.Module = _called(functools.partial(timm.create_model, name), f"timm:{name}", pretrained=False)
     return model
 
 
@@ -88,6 +108,8 @@ def _module(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as e:
         raise InputError(f"cannot import {name}: {e}", way_out="Check PYTHONPATH and the spelling") from e
+    except Exception as e:
+        raise InputError(f"{name} fails when it is imported: {type(e).__name__}: {_line(e)}") from e
 
 
 def _file(path: Path) -> Any:
@@ -120,8 +142,12 @@ def load_weights(model: nn.Module, path: Path) -> None:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
-        raise InputError(f"cannot be read: {str(e).splitlines()[0]}", where=str(path), way_out="Give a .safetensors file or a torch state dict") from e
+        raise InputError(f"cannot be read: {_line(e)}", where=str(path), way_out="Give a .safetensors file or a torch state dict") from e
     state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict):
+        raise InputError(f"it holds a {type(state).__name__}", where=str(path), way_out="Give a state dict (torch.save(model.state_dict(), path))")
+    if not isinstance(model, nn.Module):
+        raise InputError("an exported program holds its own weights", where=str(path), way_out="Leave --weights out")
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as e:
@@ -168,12 +194,16 @@ def calibration_from(path: Path, source: str, size: tuple[int, ...] | None, batc
         return _images(path, source, size, batch)
     try:
         data = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as e:
-        raise InputError(f"cannot be read: {str(e).splitlines()[0]}", where=str(path), way_out="Give a folder of images, .npy or .npz") from e
-    if isinstance(data, np.ndarray):
-        return iter(torch.from_numpy(data).split(batch))  # type: ignore[no-untyped-call]
-    arrays = {k: torch.from_numpy(data[k]).split(batch) for k in data.files}  # type: ignore[no-untyped-call]
-    return (dict(zip(arrays, values, strict=True)) for values in zip(*arrays.values(), strict=True))
+        arrays = {"": data} if isinstance(data, np.ndarray) else {k: data[k] for k in data.files}
+        parts = {k: torch.from_numpy(v).split(batch) for k, v in arrays.items()}  # type: ignore[no-untyped-call]
+    except Exception as e:  # numpy has no class of its own for a damaged file
+        raise InputError(f"cannot be read: {_line(e)}", where=str(path), way_out="Give a folder of images, or a .npy or .npz file of numbers") from e
+    lengths = {k: len(v) for k, v in arrays.items()}
+    if not lengths or len(set(lengths.values())) > 1 or not all(lengths.values()):
+        raise InputError(f"its arrays have lengths {lengths}", where=str(path), way_out="Give one sample of each input in each row")
+    if "" in parts:
+        return iter(parts[""])
+    return (dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True))
 
 
 def _images(folder: Path, source: str, size: tuple[int, ...] | None, batch: int) -> Iterator[torch.Tensor]:
