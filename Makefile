@@ -1,24 +1,22 @@
 PY := .venv/bin/python
+LINTED := fxq tests benchmarks examples
 
 .PHONY: test demo lint clean
-test: .venv/ready
-	.venv/bin/ruff check fxq tests
-	.venv/bin/mypy --strict fxq
+test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2
 
 demo: .venv/ready
 	$(PY) examples/demo.py
 
 lint: .venv/ready
-	.venv/bin/ruff check fxq tests
+	.venv/bin/ruff check $(LINTED)
 	.venv/bin/mypy --strict fxq
 
 .venv/ready: requirements-dev.lock pyproject.toml
 	python3 -m venv .venv
-	.venv/bin/pip install -q torch==2.14.1 torchvision==0.29.1
 	.venv/bin/pip install -q -r requirements-dev.lock
 	.venv/bin/pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 
 clean:
-	rm -rf .venv build out *.egg-info
+	rm -rf .venv build dist out *.egg-info

@@ -97,7 +97,7 @@ def measure(name: str, a: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for batch in a.batches:
             x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(9)).numpy()
             sessions = {k: common.session(v, threads) for k, v in files.items()}
-            runs: dict[str, Callable[[], Any]] = {k: (lambda s=s: s.run(None, {s.get_inputs()[0].name: x})) for k, s in sessions.items()}
+            runs: dict[str, Callable[[], Any]] = {k: (lambda s=s, x=x: s.run(None, {s.get_inputs()[0].name: x})) for k, s in sessions.items()}
             if a.openvino:
                 runs["ov fxq"] = openvino_run(ours, x, threads, "f32")
                 runs["ov bf16"] = openvino_run(fp32, x, threads, "bf16")

@@ -16,7 +16,7 @@ _PUBLIC = {
     "QParams": "fxq.spec",
     "FxqError": "fxq.errors",
 }
-__all__ = [*_PUBLIC, "__version__"]  # noqa: PLE0604
+__all__ = [*_PUBLIC, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -188,7 +188,7 @@ class CompiledModel(nn.Module):
         return verify(gm, artifact, Batches(data, gm, limit=limit, what="data to verify with"))
 
 
-def compile(  # noqa: A001 - the name that torch users expect
+def compile(
     model: nn.Module | torch.export.ExportedProgram,
     scheme: str | Scheme = "iao_w8a8",
     *,

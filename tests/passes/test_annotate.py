@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tests.helpers import canonical, context
 from torch import Tensor, nn
 
 from fxq import modules as m
@@ -11,6 +10,7 @@ from fxq.passes.annotate import Annotate
 from fxq.passes.share_qparams import ShareQParams
 from fxq.pipeline import PassContext
 from fxq.verify import INVARIANTS
+from tests.helpers import canonical, context
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.helpers import canonical, context
 from torch import Tensor, nn
 
 from fxq import modules as m
@@ -14,6 +13,7 @@ from fxq.graph import finish, grids
 from fxq.passes.annotate import Annotate
 from fxq.passes.convert import Convert
 from fxq.verify import INVARIANTS
+from tests.helpers import canonical, context
 
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 

@@ -161,7 +161,7 @@ def test_folds_ahead_without_zero_padding(layers: tuple[nn.Module, ...], size: t
 
 
 def test_two_norms_become_one() -> None:
-    gm, history = check(seq(nn.ReLU(), nn.BatchNorm2d(4), nn.BatchNorm2d(4, affine=False), nn.ReLU()), rand(2, 4, 3, 3), left=1)
+    _, history = check(seq(nn.ReLU(), nn.BatchNorm2d(4), nn.BatchNorm2d(4, affine=False), nn.ReLU()), rand(2, 4, 3, 3), left=1)
     assert set(h.skips(history, "fold-bn")) == {"_1"}
 
 

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.helpers import canonical, context, moved, randomize, run_pass, skips
 from torch import Tensor, nn
 
 from fxq import modules as m
 from fxq import targets
 from fxq.errors import PassError
 from fxq.passes.legalize import Legalize
+from tests.helpers import canonical, context, moved, randomize, run_pass, skips
 
 
 def legalized(model: nn.Module, *inputs: Tensor, scheme: str = "iao_w8a8") -> tuple[list[str], dict[str, str]]:
