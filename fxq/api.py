@@ -171,11 +171,11 @@ class CompiledModel(nn.Module):
 
         return lint(self.lower().data, target or self.target.name)
 
-    def verify(self, artifact: str | os.PathLike[str] | bytes, data: Any, *, limit: int | None = None) -> Proof:
+    def verify(self, artifact: str | os.PathLike[str] | bytes | Artifact, data: Any, *, limit: int | None = None) -> Proof:
         """Run the artifact and compare with the integer reference, node by node and end to end.
 
         Args:
-            artifact: path or bytes of the lowered ONNX file.
+            artifact: path or bytes of the lowered ONNX file, or what :meth:`lower` returned.
             data: calibration-like data (any iterable of tensors, tuples, dicts).
             limit: at most so many batches.
 

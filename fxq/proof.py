@@ -7,9 +7,8 @@ the codes that the runtime had there, and its result is compared with the runtim
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,108 +18,36 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fxq import modules as m
 from fxq.backends.onnxruntime import session
 from fxq.backends.reference import Reference, Step, value_name
 from fxq.errors import ArtifactError
+from fxq.exposed import Exposed
+from fxq.graph import input_names as graph_inputs
 from fxq.graph import kind, module_of
 from fxq.kernels import Codes
+from fxq.lowering import Artifact
 from fxq.snapshot import flat
 from fxq.spec import QParams
+from fxq.verdict import BOUND, FLIPS, Difference, OutputProof, Proof
 
+__all__ = ["Difference", "OutputProof", "Proof", "load", "verify"]
+
+EXACT = ("reshape", "permute", "slice", "split", "getitem", "cat", "index_select", "expand", "relu", "max_pool", "pad", "attr")
+TINY = torch.finfo(torch.float32).tiny
 FOREIGN = "This file belongs to another model; lower this one and verify that file"
-CHUNK_BYTES = 1 << 28
-ISLAND_TOLERANCE = 1e-3
 
 
-@dataclass(frozen=True)
-class Difference:
-    """A node whose result differs although it was given the runtime's own inputs.
-
-    Attributes:
-        node: module path (or node name) of the operation; ``tensor``: its tensor in the file.
-        elements, differ: how many there are, and how many differ.
-        greatest: greatest difference, in steps of the grid (of a float result: absolute).
-        cause: what the file and the fused graph say about it.
-    """
-
-    node: str
-    tensor: str
-    elements: int
-    differ: int
-    greatest: float
-    cause: str
-
-    def __str__(self) -> str:
-        return f"{self.node}: {self.differ} of {self.elements} elements differ by up to {self.greatest:g}; {self.cause}"
-
-
-@dataclass(frozen=True)
-class Proof:
-    """Result of :func:`verify`.
-
-    Attributes:
-        elements, differ: of the model's outputs, end to end (runtime fully optimized).
-        greatest: greatest difference of an output, in steps of its grid (of a float output: absolute).
-        nodes, planned: fused nodes that were compared with the runtime's own inputs, and those that the graph has.
-        hidden, hidden_differ: elements of these nodes.
-        ties: elements behind float islands that are one step off (sums and exponentials differ in the last bit by runtime).
-        batches: batches that were run.
-        float_nodes: operations that run in float, which no integer arithmetic can promise.
-        missing: tensors of the plan that the runtime's optimizer renamed or removed.
-        differences: nodes that differ, in the order of the graph (of the first batch in which they do).
-    """
-
-    elements: int
-    differ: int
-    greatest: float
-    nodes: int
-    planned: int
-    hidden: int
-    hidden_differ: int
-    ties: int
-    batches: int
-    float_nodes: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()
-    differences: tuple[Difference, ...] = ()
-
-    @property
-    def first(self) -> str | None:
-        """Module path of the first node that differs."""
-        return self.differences[0].node if self.differences else None
-
-    @property
-    def ok(self) -> bool:
-        """Something was compared and nothing differs. Behind float islands, outputs may differ end to end (not node by node)."""
-        compared = self.batches > 0 and self.elements > 0 and (self.nodes > 0 or self.planned == 0)
-        return compared and not self.differences and (self.differ == 0 or bool(self.float_nodes))
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return {**asdict(self), "ok": self.ok, "first": self.first}
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.hidden_differ} of {self.hidden} elements differ ({self.nodes} nodes compared of {self.planned}, {self.batches} batches)",
-            f"end to end {self.differ} of {self.elements} output elements differ" + (f" by up to {self.greatest:g}" if self.differ else ""),
-        ]
-        if self.ties:
-            lines.append(f"{self.ties} elements behind float islands are one step off")
-        if self.float_nodes:
-            some = ", ".join(self.float_nodes[:3]) + (", ..." if len(self.float_nodes) > 3 else "")
-            lines.append(f"{len(self.float_nodes)} operations run in float: {some}")
-        if self.differences:
-            lines.append(f"the first node that differs is {self.differences[0]}")
-        return "; ".join(lines)
-
-
-def load(artifact: str | os.PathLike[str] | bytes) -> onnx.ModelProto:
+def load(artifact: str | os.PathLike[str] | bytes | Artifact) -> onnx.ModelProto:
     """Parse an ONNX file.
 
     Raises:
         ArtifactError: when it cannot be read or is damaged.
     """
+    if isinstance(artifact, Artifact):
+        artifact = artifact.data
     where = "artifact" if isinstance(artifact, bytes) else str(artifact)
     try:
         data = artifact if isinstance(artifact, bytes) else Path(artifact).read_bytes()
@@ -133,74 +60,22 @@ def load(artifact: str | os.PathLike[str] | bytes) -> onnx.ModelProto:
     return model
 
 
-class _Exposed:
-    """The fused graph with every tensor visible; results are fetched in chunks, so that big nets fit in memory."""
-
-    def __init__(self, model: bytes, steps: Sequence[Step], outputs: dict[Node, str]) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            path = str(Path(folder) / "fused.onnx")
-            session(model, "extended", save_optimized=path, float_matmul=True)
-            fused = onnx.load(path)
-        self.producer = {t: n.op_type for n in fused.graph.node for t in n.output if t}
-        self.merged = {t for n in fused.graph.node for t in n.output if any(i.startswith("DoubleQDQRemoved_") for i in n.input)}
-        self.outputs = [o.name for o in fused.graph.output]
-        nodes = {n.name.split(":")[0]: list(n.output) for n in fused.graph.node}
-        tensors = {s: t for s in steps if (t := self._tensor(s, outputs, nodes)) is not None}
-        for t in dict.fromkeys(tensors.values()):
-            if t not in self.outputs:
-                fused.graph.output.append(onnx.ValueInfoProto(name=t))
-        self.session = session(fused.SerializeToString(), "off", float_matmul=True)
-        floats = {o.name for o in self.session.get_outputs() if o.type == "tensor(float)"}
-        self.tensors = {s: t for s, t in tensors.items() if (t in floats) == s.gives_float}
-        self._feed: dict[str, Any] = {}
-        self._have: dict[str, Any] = {}
-
-    def _tensor(self, s: Step, outputs: dict[Node, str], nodes: dict[str, list[str]]) -> str | None:
-        """The tensor of a step: by its name, or as the output of the node that kept its name (the runtime renames what it turns from s8 to u8)."""
-        wishes = [s.name, f"{s.name}/gemm", outputs.get(s.result, "")] if s.gives_float else [s.name]
-        wishes += nodes.get(s.name, [])[:1]
-        wishes += nodes.get(value_name(s.split or s.core), [])[s.index : s.index + 1]
-        return next((w for w in wishes if w in self.producer), None)
-
-    def start(self, feed: dict[str, Any]) -> list[Any]:
-        """Begin a batch; returns the graph's outputs."""
-        self._feed, self._have = feed, {}
-        return list(self.session.run(self.outputs, feed))
-
-    def get(self, s: Step) -> Any:
-        """The runtime's value of a step of the running batch."""
-        tensor = self.tensors[s]
-        if tensor not in self._have:
-            names = self._chunk(tensor)
-            self._have = dict(zip(names, self.session.run(names, self._feed), strict=True))
-        return self._have[tensor]
-
-    def _chunk(self, first: str) -> list[str]:
-        steps = list(self.tensors)
-        start = next(i for i, s in enumerate(steps) if self.tensors[s] == first)
-        names: list[str] = []
-        budget = float(CHUNK_BYTES)
-        for s in steps[start:]:
-            shape, dynamic = s.result.meta.get("shape", ()), s.result.meta.get("dynamic", ())
-            batch = max((len(x) for x in self._feed.values() if x.ndim), default=1)
-            budget -= float(np.prod([batch if d else n for n, d in zip(shape, dynamic, strict=True)])) * (4 if s.gives_float else 1)
-            if names and budget < 0:
-                break
-            names.append(self.tensors[s])
-        return list(dict.fromkeys(names))
-
-
 @dataclass
 class _Ledger:
     """What was compared so far."""
 
-    exposed: _Exposed
+    exposed: Exposed
     initializers: dict[str, onnx.TensorProto]
     reference: Reference
-    count: dict[str, int] = field(default_factory=lambda: dict(elements=0, differ=0, hidden=0, hidden_differ=0, ties=0, batches=0))
+    count: dict[str, int] = field(default_factory=lambda: dict(elements=0, differ=0, hidden=0, hidden_differ=0, batches=0))
     greatest: float = 0.0
     compared: set[str] = field(default_factory=set)
+    ties: dict[str, int] = field(default_factory=dict)
+    outputs: dict[str, OutputProof] = field(default_factory=dict)
     differences: dict[str, Difference] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.inexact = _inexact(self.reference)  # nodes whose values float arithmetic may move
 
     def observe(self, step: Step, value: Any) -> Any:
         """Compare one step's result with the runtime's; go on with the runtime's."""
@@ -209,28 +84,53 @@ class _Ledger:
         got = _like(self.exposed.get(step), value, step)
         ours, theirs = (value.codes, got.codes) if isinstance(value, Codes) else (value, got)
         wrong = _unequal(ours, theirs)
-        differ, greatest = int(wrong.sum()), _greatest(ours, theirs, wrong)
         self.compared.add(step.name)
         self.count["hidden"] += ours.numel()
-        if differ and greatest <= 1 and _behind_island(self.reference.gm, step):
-            self.count["ties"] += differ
-        elif differ:
+        if not bool(wrong.any()):
+            return got
+        if step.kind == "quantize" and step.core in self.inexact:
+            ties = wrong & _near_half_step(self.reference.rounding, ours, theirs, value.qp)
+            self.ties[step.name] = self.ties.get(step.name, 0) + int(ties.sum())
+            wrong = wrong & ~ties
+        differ = int(wrong.sum())
+        if differ:
             self.count["hidden_differ"] += differ
+            greatest = _greatest(ours, theirs, wrong)
             self.differences.setdefault(step.name, Difference(step.path, step.name, ours.numel(), differ, greatest, self.cause(step)))
         return got
 
-    def outputs(self, name: str, want: Tensor, got: Any) -> None:
-        """A float output computed from the runtime's own codes must be near the runtime's: a wrong float island shows here."""
-        theirs = torch.from_numpy(got)
-        if want.shape != theirs.shape or not want.is_floating_point():
+    def output(self, name: str, want: Tensor, got: Any) -> None:
+        """An output behind float operations, from the runtime's own codes: a wrong float operation shows here."""
+        theirs, o = torch.from_numpy(got), self.outputs[name]
+        if o.exact or want.shape != theirs.shape:
             return
         wrong = _unequal(want, theirs)
-        near = (want - theirs).abs() <= ISLAND_TOLERANCE * theirs.abs().max().clamp(min=1e-6)
-        wrong &= ~near
-        if bool(wrong.any()):
-            cause = _island_text(self.reference) + " gives another result than the file"
-            d = Difference(name, name, want.numel(), int(wrong.sum()), _greatest(want, theirs, wrong), cause)
-            self.differences.setdefault(name, d)
+        if want.is_floating_point():
+            error = _relative(want, theirs, wrong)
+            self.outputs[name] = replace(o, error=max(o.error, error))
+            bad = error > BOUND or bool((wrong & (torch.isnan(want) | torch.isnan(theirs))).any())
+        else:
+            bad = float(wrong.to(torch.float64).mean()) > FLIPS
+        if bad:
+            cause = f"{_island_text(self.reference)} gives another result than the file"
+            self.differences.setdefault(name, Difference(name, name, want.numel(), int(wrong.sum()), _greatest(want, theirs, wrong), cause))
+
+    def end_to_end(self, names: Sequence[str], exact: Sequence[bool], want: Sequence[Tensor], got: Sequence[Any], scales: Sequence[float]) -> None:
+        """Compare the outputs of the model."""
+        if len(want) != len(got):
+            raise ArtifactError(f"it has {len(got)} outputs, the graph {len(want)}", way_out=FOREIGN)
+        for i, (name, a, value) in enumerate(zip(names, want, got, strict=True)):
+            b = torch.from_numpy(value)
+            if a.shape != b.shape:
+                raise ArtifactError(f"output {i} has shape {list(b.shape)}, the graph's {list(a.shape)}", way_out=FOREIGN)
+            wrong = _unequal(a, b)
+            differ = int(wrong.sum())
+            self.count["elements"] += a.numel()
+            self.count["differ"] += differ
+            self.greatest = max(self.greatest, _greatest(a, b, wrong) / scales[i])
+            o = self.outputs.setdefault(name, OutputProof(name, exact[i]))
+            drift = max(o.drift, _relative(a, b, wrong))
+            self.outputs[name] = replace(o, elements=o.elements + a.numel(), differ=o.differ + differ, drift=drift)
 
     def cause(self, step: Step) -> str:
         """The likeliest reason, from what the file and the fused graph hold."""
@@ -272,8 +172,22 @@ def _island_text(reference: Reference, node: Node | None = None) -> str:
     return "a float operation (" + ", ".join(reference.float_nodes[:3]) + ")"
 
 
-def _behind_island(gm: GraphModule, step: Step) -> bool:
-    return step.kind == "quantize" and kind(gm, step.core) not in ("input", "attr")
+def _inexact(reference: Reference) -> set[Node]:
+    """Nodes whose values depend on float arithmetic; movers, ReLU and max-pool only hand values on."""
+    islands, found = set(reference.islands), set()
+    for n in reference.gm.graph.nodes:
+        own = n in islands and kind(reference.gm, n) not in EXACT
+        if own or any(a in found for a in n.all_input_nodes):
+            found.add(n)
+    return found
+
+
+def _near_half_step(value: Tensor, ours: Tensor, theirs: Tensor, qp: QParams) -> Tensor:
+    """Where two codes are one step apart because ``value`` lies next to the half step between them."""
+    a, b, v = ours.to(torch.float64), theirs.to(torch.float64), value.to(torch.float64)
+    allowed = BOUND * v.abs().max() / qp.scale.to(torch.float64)
+    steps = v / qp.scale.to(torch.float64) + qp.zero_point
+    return ((a - b).abs() == 1) & ((steps - (a + b) / 2).abs() <= allowed)
 
 
 def _like(got: Any, value: Any, step: Step) -> Any:
@@ -302,9 +216,15 @@ def _greatest(a: Tensor, b: Tensor, wrong: Tensor) -> float:
     return float((a[wrong].to(torch.float64) - b[wrong].to(torch.float64)).abs().max()) if bool(wrong.any()) else 0.0
 
 
+def _relative(a: Tensor, b: Tensor, wrong: Tensor) -> float:
+    """Greatest difference relative to the greatest finite magnitude of ``b``."""
+    top = float(torch.nan_to_num(b.to(torch.float64), posinf=0.0, neginf=0.0).abs().max()) if b.numel() else 0.0
+    return _greatest(a, b, wrong) / max(top, TINY)
+
+
 def verify(
     gm: GraphModule,
-    artifact: str | os.PathLike[str] | bytes,
+    artifact: str | os.PathLike[str] | bytes | Artifact,
     data: Iterable[Any],
     *,
     input_names: Sequence[str] | None = None,
@@ -313,7 +233,7 @@ def verify(
 
     Args:
         gm: a converted graph.
-        artifact: path or bytes of its ONNX file.
+        artifact: path or bytes of its ONNX file, or the artifact that ``lower`` gave.
         data: batches: tuples of positional inputs, or single tensors. One batch is in memory at a time.
         input_names: names of the file's inputs in the graph's order; default: the graph's placeholders.
 
@@ -325,29 +245,43 @@ def verify(
     model = load(artifact)
     raw = model.SerializeToString()
     full, reference = session(raw, float_matmul=True), Reference(gm)
-    names = list(input_names or [str(n.target) for n in gm.graph.nodes if n.op == "placeholder"])
+    names = list(input_names or graph_inputs(gm))
     outputs = [o.name for o in full.get_outputs()]
     _require_own(model, reference, names, [i.name for i in full.get_inputs()])
-    exposed = _Exposed(raw, reference.steps, _outputs(gm, outputs))
+    exposed = Exposed(raw, reference.steps, _outputs(reference.gm, outputs))
     ledger = _Ledger(exposed, {t.name: t for t in model.graph.initializer}, reference)
+    nodes = _output_nodes(reference.gm)
+    whole = len(nodes) == len(outputs)
+    exact = [n not in ledger.inexact for n in nodes] if whole else [not ledger.inexact] * len(outputs)
+    scales = [_scale(reference.gm, n) for n in nodes] if whole else [1.0] * len(outputs)
     for item in data:
-        batch = tuple(x.cpu() for x in (item if isinstance(item, (tuple, list)) else (item,)))
+        batch = tree_map(Tensor.cpu, tuple(item) if isinstance(item, (tuple, list)) else (item,))
         feed = _feed(names, batch)
         try:
             got, inner = full.run(outputs, feed), exposed.start(feed)
         except Exception as e:
             raise ArtifactError(f"the runtime refuses the inputs: {str(e).splitlines()[0]}", way_out="Check the shapes of the data") from e
-        _end_to_end(ledger, flat(reference(*batch)), got, [_scale(gm, n) for n in _output_nodes(gm)])
+        ledger.end_to_end(outputs, exact, flat(reference(*batch)), got, scales)
         forced = flat(reference.walk(batch, ledger.observe))
         for name, want, value in zip(outputs, forced, inner, strict=True):
-            ledger.outputs(name, want, value)
+            ledger.output(name, want, value)
         ledger.count["batches"] += 1
-    missing = tuple(s.name for s in reference.steps if s.name not in ledger.compared)
+    return _proof(ledger)
+
+
+def _proof(ledger: _Ledger) -> Proof:
+    reference = ledger.reference
+    for o in ledger.outputs.values():
+        if o.exact and o.differ and not ledger.differences:
+            cause = "every node is equal by itself: the runtime optimizes the whole file otherwise than the graph that was inspected"
+            ledger.differences[o.name] = Difference(o.name, o.name, o.elements, o.differ, ledger.greatest, cause)
     order = {s.name: i for i, s in enumerate(reference.steps)}
-    differences = tuple(sorted(ledger.differences.values(), key=lambda d: order.get(d.tensor, len(order))))
+    ties = {name: n for name, n in ledger.ties.items() if n}
     return Proof(
         nodes=len(ledger.compared), planned=len(reference.steps), greatest=ledger.greatest, float_nodes=tuple(reference.float_nodes),
-        missing=missing, differences=differences, **ledger.count,
+        ties=sum(ties.values()), tie_nodes=tuple(ties.items()), outputs=tuple(ledger.outputs.values()),
+        missing=tuple(s.name for s in reference.steps if s.name not in ledger.compared),
+        differences=tuple(sorted(ledger.differences.values(), key=lambda d: order.get(d.tensor, len(order)))), **ledger.count,
     )  # fmt: skip
 
 
@@ -362,7 +296,8 @@ def _require_own(model: onnx.ModelProto, reference: Reference, names: list[str],
         raise ArtifactError(f"{len(lost)} of {len(wanted)} quantized tensors are not in it (the first is {lost[0]})", way_out=FOREIGN)
 
 
-def _feed(names: list[str], batch: tuple[Tensor, ...]) -> dict[str, Any]:
+def _feed(names: list[str], batch: tuple[Any, ...]) -> dict[str, Any]:
+    batch = tuple(tree_leaves(batch))
     if len(names) != len(batch):
         raise ArtifactError(f"a batch has {len(batch)} inputs, the file {len(names)}", way_out="Give one tensor for each of " + ", ".join(names))
     return {n: x.numpy() for n, x in zip(names, batch, strict=True)}
@@ -381,16 +316,3 @@ def _outputs(gm: GraphModule, names: list[str]) -> dict[Node, str]:
 
 def _scale(gm: GraphModule, n: Node) -> float:
     return float(module_of(gm, n).scale) if kind(gm, n) == "fake_quantize" else 1.0  # type: ignore[arg-type]
-
-
-def _end_to_end(ledger: _Ledger, want: Sequence[Tensor], got: Sequence[Any], scales: Sequence[float]) -> None:
-    if len(want) != len(got):
-        raise ArtifactError(f"it has {len(got)} outputs, the graph {len(want)}", way_out=FOREIGN)
-    for i, (a, value) in enumerate(zip(want, got, strict=True)):
-        b = torch.from_numpy(value)
-        if a.shape != b.shape:
-            raise ArtifactError(f"output {i} has shape {list(b.shape)}, the graph's {list(a.shape)}", way_out=FOREIGN)
-        wrong = _unequal(a, b)
-        ledger.count["elements"] += a.numel()
-        ledger.count["differ"] += int(wrong.sum())
-        ledger.greatest = max(ledger.greatest, _greatest(a, b, wrong) / (scales[i] if len(scales) == len(want) else 1.0))

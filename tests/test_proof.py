@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-import fxq.proof
+import fxq.exposed
 from fxq import modules as m
 from fxq.errors import ArtifactError
+from fxq.lowering import Artifact
 from fxq.modules import Quantized
 from fxq.proof import Proof, verify
 from tests.converted import converted, fq, onnx_bytes
@@ -90,7 +92,12 @@ def test_a_good_file() -> None:
     proof = verify(gm, onnx_bytes(gm), [images(1), (images(2),)])
     assert proof.ok and proof.first is None and (proof.nodes, proof.planned, proof.batches) == (3, 3, 2)
     hidden = 2 * 2 * (3 + 6 + 4) * 56
-    assert str(proof) == f"0 of {hidden} elements differ (3 nodes compared of 3, 2 batches); end to end 0 of 896 output elements differ"
+    assert str(proof).splitlines() == [
+        f"0 of {hidden} elements differ (3 of 3 integer nodes compared, each given the runtime's own inputs; 2 batches)",
+        "1 output: 0 of 896 elements differ end to end",
+        "proven: every element is equal",
+    ]
+    assert proof.exact and proof.outputs[0].exact
     assert json.loads(json.dumps(proof.to_json()))["ok"] is True
 
 
@@ -140,9 +147,10 @@ def test_float_islands_are_stated_and_checked() -> None:
     gm = chain(island=True)
     data = onnx_bytes(gm)
     proof = verify(gm, data, [images()])
-    assert proof.ok and proof.float_nodes == ("norm",) and "1 operations run in float: norm" in str(proof)
+    assert proof.ok and proof.float_nodes == ("norm",) and "1 operation runs in float: norm" in str(proof)
+    assert not proof.outputs[0].exact and "1 output behind float operations: 0 of 448" in str(proof)
     bad = verify(gm, changed(data, "norm/weight", lambda v: v * np.float32(1.1)), [images()])
-    assert not bad.ok and bad.differences[0].cause == "the float operation norm before it"
+    assert not bad.ok and bad.differences[0].cause == "the float operation norm before it" and "not proven: the first node" in str(bad)
 
 
 def test_a_float_bias_is_the_cause() -> None:
@@ -152,6 +160,68 @@ def test_a_float_bias_is_the_cause() -> None:
     data = changed(onnx_bytes(gm), "b/bias", lambda v: v + np.float32(0.5))
     proof = verify(gm, data, [images()])
     assert proof.first == "b" and proof.differences[0].cause == "its bias is float, so it is not fused"
+
+
+class Tail(nn.Module):
+    """One exact output, and one behind a layer norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x_q, self.a, self.a_q, self.norm = fq(), nn.Conv2d(3, 6, 1), fq(), nn.LayerNorm(7)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.a_q(self.a(self.x_q(x)))
+        return y, self.norm(y)
+
+
+def tail() -> GraphModule:
+    torch.manual_seed(0)
+    return converted(Tail(), images(0))
+
+
+def test_outputs_behind_float_operations_are_judged_by_the_bound() -> None:
+    gm = tail()
+    data = onnx_bytes(gm)
+    good = verify(gm, changed(data, "norm/bias", lambda v: v + np.float32(2e-5)), [images()])
+    assert good.ok and not good.exact and [o.exact for o in good.outputs] == [True, False]
+    assert 0 < good.outputs[1].error < good.bound == 1e-4 and good.outputs[0].differ == 0 < good.outputs[1].differ
+    lines = str(good).splitlines()
+    assert lines[1] == "1 output: 0 of 672 elements differ end to end"
+    assert lines[2].startswith("1 output behind float operations: ") and lines[2].endswith("of it given the runtime's own codes (allowed: 0.0001)")
+    assert lines[-1] == "proven: integer nodes are equal, outputs behind float operations are within the bound"
+    bad = verify(gm, changed(data, "norm/bias", lambda v: v + np.float32(2e-3)), [images()])
+    assert not bad.ok and bad.first == bad.outputs[1].name and bad.outputs[1].error > bad.bound
+    assert "the float operation" not in bad.differences[0].cause and "gives another result than the file" in bad.differences[0].cause
+
+
+def test_a_float_operation_elsewhere_does_not_excuse_an_exact_output() -> None:
+    gm = tail()
+    proof = verify(gm, onnx_bytes(gm), [images()])
+    wrong = replace(proof, differ=1, outputs=(replace(proof.outputs[0], differ=1), proof.outputs[1]))
+    assert proof.ok and not wrong.ok and wrong.verdict == "not proven: an output that no float operation precedes differs"
+
+
+def test_ties_are_excused_only_next_to_the_half_step() -> None:
+    gm = chain(island=True)
+    data = onnx_bytes(gm)
+    x = images(5, 40)
+    near = verify(gm, changed(data, "norm/bias", lambda v: v + np.float32(2e-5)), [x])
+    assert near.ok and near.ties > 0 and near.tie_nodes == (("norm_q", near.ties),) and near.hidden_differ == 0
+    assert f"{near.ties} codes are one step off where a float result lies next to a half step: norm_q {near.ties}" in str(near)
+    far = verify(gm, changed(data, "norm/bias", lambda v: v + np.float32(5e-3)), [x])
+    assert not far.ok and far.first == "norm" and far.differences[0].greatest == 1  # one step off, but not next to a half step
+
+
+def test_movers_alone_keep_an_output_exact() -> None:
+    gm = converted(nn.Sequential(fq(), nn.Conv2d(3, 2, 1), fq(), nn.ReLU(), nn.MaxPool2d(2), nn.Tanh()), images(0))
+    assert not verify(gm, onnx_bytes(gm), [images()]).outputs[0].exact
+    gm = converted(nn.Sequential(fq(), nn.Conv2d(3, 2, 1), fq(), nn.ReLU(), nn.MaxPool2d(2)), images(0))
+    assert verify(gm, onnx_bytes(gm), [images()]).outputs[0].exact
+
+
+def test_an_artifact_is_taken_as_it_is() -> None:
+    gm = chain()
+    assert verify(gm, Artifact("onnx-qdq", onnx_bytes(gm)), [images()]).ok
 
 
 def test_a_wrong_float_output_is_found() -> None:
@@ -167,7 +237,7 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
     gm = chain()
     data = onnx_bytes(gm)
     want = verify(gm, data, [images()])
-    monkeypatch.setattr(fxq.proof, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(fxq.exposed, "CHUNK_BYTES", 1)
     assert verify(gm, data, [images()]) == want
 
 

@@ -119,7 +119,8 @@ class Reference:
 
     Attributes:
         steps: the fused kernels, see :func:`plan`; ``by_result`` finds them by the node whose value they give.
-        float_nodes: names of the nodes that run as float islands.
+        islands: the nodes that run in float; ``float_nodes``: their names.
+        rounding: while ``observe`` sees a ``quantize`` step, the float value that it rounds.
     """
 
     def __init__(self, gm: GraphModule) -> None:
@@ -130,9 +131,9 @@ class Reference:
         self._inside = self._fused_nodes()
         self._free = self._last_reads()
         quiet = ("input", "output", "attr", "fake_quantize")
-        self.float_nodes = [
-            value_name(n) for n in self.gm.graph.nodes if n not in self._inside and n not in self.by_result and kind(self.gm, n) not in quiet
-        ]
+        self.islands = [n for n in self.gm.graph.nodes if n not in self._inside and n not in self.by_result and kind(self.gm, n) not in quiet]
+        self.float_nodes = [value_name(n) for n in self.islands]
+        self.rounding: Any = None
 
     def _fused_nodes(self) -> set[Node]:
         inside = {s.core for s in self.steps if s.kind not in ("quantize", "requantize") and not s.gives_float}
@@ -174,9 +175,10 @@ class Reference:
                 if step is not None:
                     value = self._kernel(step, env)
                     other = observe(step, value) if observe is not None else None
+                    self.rounding = None
                     env[n] = value if other is None else other
                 elif n.op == "placeholder":
-                    env[n] = next(given)
+                    env[n] = tree_map(Tensor.cpu, next(given))
                 elif n.op == "output":
                     return tree_map(_real, map_arg(n.args[0], env.__getitem__))
                 else:
@@ -204,6 +206,7 @@ class Reference:
         qp = fq.qparams
         if step.kind in ("quantize", "requantize"):
             value = env[step.operands[0]]  # type: ignore[index]
+            self.rounding = value
             return Codes(value.onto(qp) if isinstance(value, Codes) else numerics.quantize(value, qp), qp)
         rank = len(step.core.meta["shape"]) if step.kind in kernels.BINARY else 0
         xs = [env[a] if isinstance(a, Node) else kernels.constant(a, qp, rank) for a in step.operands]
