@@ -101,9 +101,13 @@ def split(at: At) -> None:
         raise NoForm("gives no tuple")
     at.parts()
     dim = int(at.arg(2, "dim", 0)) % len(shape(x))
-    if x.meta["dynamic"][dim]:
+    sizes = [s[dim] for s in at.node.meta["shape"]]
+    if not x.meta["dynamic"][dim]:
+        at.put("split", m.Split(sizes, dim), x)
+    elif name_of(at.node) in ("chunk", "unsafe_chunk") and len(set(sizes)) == 1 and len(sizes) == int(at.arg(1, "chunks")):
+        at.put("split", m.Split(len(sizes), dim), x)
+    else:
         raise NoForm("along the batch")
-    at.put("split", m.Split([s[dim] for s in at.node.meta["shape"]], dim), x)
 
 
 def unbind(at: At) -> None:

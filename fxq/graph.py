@@ -233,6 +233,16 @@ def _meta_value(shape: Any, dynamic: Any, dtype: Any, extra: int) -> Any:
     return torch.empty([s * (1 + extra) if d else s for s, d in zip(shape, dynamic, strict=True)], dtype=dtype, device="meta")
 
 
+def input_names(gm: GraphModule) -> list[str]:
+    """Names of the graph's input tensors in order; a list ``x`` of tensors gives ``x_0``, ``x_1``, ..."""
+    names: list[str] = []
+    for n in gm.graph.nodes:
+        if n.op == "placeholder":
+            sizes = n.meta.get("shape")
+            names += [f"{n.target}_{i}" for i in range(len(sizes))] if isinstance(sizes, list) else [str(n.target)]
+    return names
+
+
 def new_graph_module(root: nn.Module, graph: Graph, name: str) -> GraphModule:
     """GraphModule over ``graph`` in eval mode."""
     return GraphModule(root, graph, name).eval()

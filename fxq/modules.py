@@ -146,16 +146,16 @@ class IndexSelect(Op):
 
 
 class Split(Op):
-    """``torch.split(x, sizes, dim)``: a tuple; ``operator.getitem`` nodes take the parts."""
+    """``torch.split(x, sizes, dim)``: a tuple; ``operator.getitem`` nodes take the parts. A number: so many equal parts (of the batch)."""
 
     fields = ("sizes", "dim")
 
-    def __init__(self, sizes: Sequence[int], dim: int) -> None:
+    def __init__(self, sizes: Sequence[int] | int, dim: int) -> None:
         super().__init__()
-        self.sizes, self.dim = tuple(sizes), dim
+        self.sizes, self.dim = sizes if isinstance(sizes, int) else tuple(sizes), dim
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.split(x, list(self.sizes), self.dim))
+        return tuple(torch.chunk(x, self.sizes, self.dim) if isinstance(self.sizes, int) else torch.split(x, list(self.sizes), self.dim))
 
 
 class Pad(Op):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
+from torch.utils._pytree import tree_map
 
 from fxq.graph import compare_shapes, tree_shape
 from fxq.modules import kind_of
@@ -54,7 +55,7 @@ def _run(gm: GraphModule, inputs: tuple[Any, ...]) -> dict[Node, Any]:
     meta = {k: v.to("meta") for k, v in [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]}
     recorder = _Record(gm, True)
     with torch.no_grad(), torch.nn.utils.stateless._reparametrize_module(gm, meta):
-        recorder.run(*(x.to("meta") if isinstance(x, Tensor) else x for x in inputs))
+        recorder.run(*tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, inputs))
     return recorder.seen
 
 
@@ -70,7 +71,7 @@ def propagate(gm: GraphModule, example: tuple[Any, ...]) -> None:
 
     A graph that fails at a second batch size is specialised: nothing is dynamic.
     """
-    more = tuple(torch.cat([x, x[:1]]) if isinstance(x, Tensor) and x.ndim else x for x in example)
+    more = tree_map(lambda x: torch.cat([x, x[:1]]) if isinstance(x, Tensor) and x.ndim else x, example)
     try:
         one, run = _run(gm, example), _run
     except Exception:

@@ -63,6 +63,10 @@ def cut(w: Writer, node: Node, module: nn.Module) -> str:
 def split(w: Writer, node: Node, module: nn.Module) -> str:
     """Split; with a part that nobody reads Slices of the others, because the runtime fuses a Split only if each part has its Q."""
     op: Any = module
+    if isinstance(op.sizes, int):
+        out = w.out(node)
+        w.multi("Split", [w.input(node)], [f"{out}/{i}" for i in range(op.sizes)], out, axis=op.dim, num_outputs=op.sizes)
+        return out
     out, count = w.out(node), len(op.sizes)
     read = {int(u.args[1]) % count for u in node.users}  # type: ignore[arg-type]
     if len(read) == count:

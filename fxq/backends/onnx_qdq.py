@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any, ClassVar
 
+import torch
 from onnx import helper
 from torch.fx import GraphModule, Node
 
@@ -15,7 +16,7 @@ from fxq.backends.onnx_limits import refusal
 from fxq.backends.onnx_ops import HARD_SIGMOID_WIDTH
 from fxq.backends.onnx_writer import TYPES, Writer, constant
 from fxq.errors import LoweringError
-from fxq.graph import kind, module_of
+from fxq.graph import input_names, kind, module_of
 from fxq.lowering import Artifact, Issue, Lowering
 from fxq.modules import FakeQuantize, Quantized
 from fxq.schemes import Scheme
@@ -48,8 +49,8 @@ class OnnxQdq(Lowering):
         self._found = None
         issues = [i.fault for i in self._islands(gm, target) if i.fault is not None]
         for node in gm.graph.nodes:
-            if node.op == "placeholder" and node.meta.get("dtype") not in TYPES:
-                issues.append(Issue(node.name, f"an input of type {node.meta.get('dtype')} has no ONNX form", "Pass tensors only"))
+            if node.op == "placeholder":
+                issues.extend(_input_faults(gm, node))
             if node.op == "output":
                 issues.extend(_output_faults(node.args[0]))
             if node.op == "call_module" and isinstance(module_of(gm, node), Quantized) and refusal(gm, node) is not None:
@@ -70,14 +71,14 @@ class OnnxQdq(Lowering):
 
         islands = self._islands(gm, target)
         results = [r for n in gm.graph.nodes if n.op == "output" for r in named_results(n.args[0])]
-        w = Writer(gm, [str(n.target) for n in gm.graph.nodes if n.op == "placeholder"] + [name for name, _ in results])
+        w = Writer(gm, input_names(gm) + [name for name, _ in results])
         inputs: list[Any] = []
         for unit in schedule(gm, islands):
             if isinstance(unit, Island):
                 splice(w, unit)
             elif unit.op == "placeholder":
                 w.names[unit] = str(unit.target)
-                inputs.append(_info(str(unit.target), unit))
+                inputs.extend(_inputs(unit))
             elif unit.op != "output":
                 _emit(w, unit)
         outputs = [_output(w, name, n) for name, n in results]
@@ -116,7 +117,8 @@ def _foreign(gm: GraphModule, node: Node) -> bool:
     if k in ("input", "output", "attr", "fake_quantize"):
         return False
     if k == "getitem":
-        return not (isinstance(node.args[0], Node) and _parted(gm, node.args[0]))
+        source: Any = node.args[0]
+        return not (source.op == "placeholder" or _parted(gm, source))
     if k == "split" and not _parted(gm, node):
         return True
     if node.op == "call_module" and isinstance(module_of(gm, node), Quantized):
@@ -137,7 +139,8 @@ def _emit(w: Writer, node: Node) -> None:
         _round(w, node)
     elif k == "getitem":
         source = node.all_input_nodes[0]
-        w.names[node] = f"{w.name(source)}/{int(node.args[1]) % len(source.meta['shape'])}"  # type: ignore[arg-type]
+        index = int(node.args[1]) % len(source.meta["shape"])  # type: ignore[arg-type]
+        w.names[node] = f"{source.target}_{index}" if source.op == "placeholder" else f"{w.name(source)}/{index}"
     else:
         w.names[node] = EMITTERS[k](w, node, module_of(gm, node))
 
@@ -181,9 +184,34 @@ def _output_faults(value: Any) -> list[Issue]:
     return faults
 
 
+def _input_faults(gm: GraphModule, node: Node) -> list[Issue]:
+    """An input is a tensor, or a list of tensors that the graph takes apart."""
+    dtype = node.meta.get("dtype")
+    many = isinstance(dtype, list)
+    parts = [u for u in node.users if kind(gm, u) == "getitem" and isinstance(u.args[1], int)]
+    if many and len(parts) != len(node.users):
+        return [Issue(node.name, "an input that is a list of tensors is read as a whole", "Pass its tensors one by one")]
+    return [
+        Issue(node.name, f"an input of type {t} has no ONNX form", "Pass tensors only")
+        for t in (dtype if many else [dtype])  # type: ignore[union-attr]
+        if not isinstance(t, torch.dtype) or t not in TYPES
+    ]
+
+
+def _inputs(node: Node) -> list[Any]:
+    sizes, dynamic, dtype = (node.meta[k] for k in ("shape", "dynamic", "dtype"))
+    if not isinstance(sizes, list):
+        return [_info(str(node.target), node)]
+    return [_typed(f"{node.target}_{i}", *of) for i, of in enumerate(zip(sizes, dynamic, dtype, strict=True))]
+
+
 def _info(name: str, node: Node) -> Any:
-    sizes = ["batch" if d else s for s, d in zip(node.meta["shape"], node.meta["dynamic"], strict=True)]
-    return helper.make_tensor_value_info(name, TYPES[node.meta["dtype"]], sizes)
+    return _typed(name, node.meta["shape"], node.meta["dynamic"], node.meta["dtype"])
+
+
+def _typed(name: str, shape: Any, dynamic: Any, dtype: Any) -> Any:
+    sizes = ["batch" if d else s for s, d in zip(shape, dynamic, strict=True)]
+    return helper.make_tensor_value_info(name, TYPES[dtype], sizes)
 
 
 def _output(w: Writer, name: str, node: Node) -> Any:

@@ -247,3 +247,42 @@ def test_names_follow_the_modules() -> None:
     assert [n.name for n in model.graph.node] == [n.output[0] for n in model.graph.node]
     axes = {n.name: [a.i for a in n.attribute] for n in model.graph.node if n.op_type == "DequantizeLinear"}
     assert axes["stem/weight/dq"] == axes["stem/bias/dq"] == [0] and axes["x_q/dq"] == []  # the runtime's fusion does not look, others do
+
+
+class Pyramid(nn.Module):
+    """As a detector's head: a list of maps in, a list out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 6, 3, padding=1)
+
+    def forward(self, xs: list[Tensor]) -> list[Tensor]:
+        return [self.conv(x).relu() for x in xs]
+
+
+def test_a_list_of_tensors_becomes_several_inputs() -> None:
+    maps = [rand(2, 4, 8, 8), rand(2, 4, 5, 5)]
+    model = fxq.compile(Pyramid().eval(), calibration=[(maps,)])
+    artifact = model.lower()
+    assert [i.name for i in onnx.load_from_string(artifact.data).graph.input] == ["xs_0", "xs_1"]
+    proof = model.verify(artifact.data, [([rand(3, 4, 8, 8), rand(3, 4, 5, 5)],)])
+    assert proof.ok and proof.differ == 0 and proof.elements == 3 * 6 * (64 + 25)
+
+
+class Pair(nn.Module):
+    """As RAFT: both images in one batch through the encoder, then apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        a, b = torch.chunk(self.conv(torch.cat([x, y])), 2)
+        return self.last(a) + self.last(b)
+
+
+def test_the_batch_can_be_cut_in_equal_parts() -> None:
+    model = fxq.compile(Pair().eval(), calibration=[(rand(2, 3, 8, 8), 1 - rand(2, 3, 8, 8))])
+    data = model.lower().data
+    proof = model.verify(data, [(rand(3, 3, 8, 8), 1 - rand(3, 3, 8, 8))])
+    assert proof.ok and proof.differ == 0 and proof.missing == ()

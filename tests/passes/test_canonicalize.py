@@ -141,6 +141,7 @@ FORMS: dict[str, tuple[Callable[..., Any], str, tuple[int, ...]]] = {
     "masked-fill": (lambda s, x: F.softmax(x.masked_fill(s.mask, -math.inf), 1).masked_fill(s.mask, 3.0), "add softmax mul add", TOKENS),
     "class-token": (lambda s, x: torch.cat([s.c[None, :, None, None].expand(x.shape[0], 4, 6, 2), x], 3), "pad add", IMAGE),
     "token-of-zeros": (lambda s, x: torch.cat([x, torch.zeros(x.shape[0], 1, 6)], 1), "pad add", TOKENS),
+    "chunk-of-the-batch": (lambda s, x: torch.sub(*torch.cat([x, x + 1]).chunk(2)), "add cat split sub", IMAGE),
     "two-tokens": (lambda s, x: torch.cat([s.w[:, 0].expand(x.shape[0], 1, 6), x, s.w[:, 1:3].t().expand(x.shape[0], 2, 6)], 1), "pad add", TOKENS),
     "repeated": (lambda s, x: x * torch.ones(x.shape[0], 5, 1, device=x.device) + s.w[:5, :1].repeat(x.shape[0], 1, 1), "mul add", TOKENS),
     "constant-arithmetic": (lambda s, x: x * (s.mean + 1e-3).rsqrt().reshape(1, -1, 1, 1), "mul", IMAGE),
