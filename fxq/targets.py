@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fxq.errors import SchemeError, TargetError, nearest
 from fxq.schemes import Scheme
@@ -45,6 +45,7 @@ class Target:
         forms: integer-friendly rewrites that ``legalize`` applies, by name.
         share: kinds whose inputs and output take one grid.
         opset, ir_version: of the ONNX file.
+        signed_opset: the newest opset for signed activations.
     """
 
     name: str
@@ -57,6 +58,15 @@ class Target:
     share: tuple[str, ...] = ()
     opset: int = 21
     ir_version: int = 10
+    signed_opset: int | None = None
+
+    def for_scheme(self, scheme: Scheme) -> Target:
+        """The target with the opset that files of this scheme take. 4-bit codes need opset 21 in any case."""
+        signed = scheme.activation is not None and scheme.activation.signed
+        narrow = scheme.weight is not None and scheme.weight.bits < 8
+        if self.signed_opset is None or not signed or narrow:
+            return self
+        return replace(self, opset=min(self.opset, self.signed_opset))
 
     def require(self, scheme: Scheme) -> None:
         """Refuse a scheme whose grids this runtime does not take.
@@ -100,6 +110,9 @@ _ORT = Target(
     weights=("s8n/pt", "s8/pt", "s8a/pt", "s4n/pt", "s4/pt"),
     forms=("tidy", "constants", "batch-norm", "hardswish", "silu", "avg-pool", "merge-pad", "relu-first", "resize-point", "prelu", "shuffle"),
     share=("cat",),
+    # From opset 21 on the optimizer marks the QuantizeLinear nodes that it moves across a reshape or transpose as int8 (output_dtype), then
+    # turns their zero point into uint8, and refuses its own graph (1.31).
+    signed_opset=20,
 )
 _TABLE: dict[str, Target] = {_ORT.name: _ORT}
 
