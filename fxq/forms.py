@@ -57,7 +57,8 @@ def _symmetric(ctx: PassContext) -> bool:
 def _depthwise(kernel: tuple[int, ...], weight: Tensor, bias: Tensor | None, dtype: torch.dtype, **how: Any) -> nn.Module:
     """Depthwise conv with constant weights: ``weight`` ``[C]`` over every tap of ``kernel``, ``bias`` ``[C]``."""
     c = weight.numel()
-    conv: Any = CONV[len(kernel) - 1](c, c, kernel, groups=c, bias=bias is not None, **how)
+    table = m.CHANNEL_AFFINE if set(kernel) == {1} and not how else CONV
+    conv: Any = table[len(kernel) - 1](c, c, kernel, groups=c, bias=bias is not None, **how)
     conv.weight = nn.Parameter(weight.reshape(c, 1, *([1] * len(kernel))).expand(c, 1, *kernel).contiguous().to(dtype))
     if bias is not None:
         conv.bias = nn.Parameter(bias.to(dtype))

@@ -62,13 +62,21 @@ def grid_of(gm: GraphModule, node: Node) -> Grid | None:
 def module_of(gm: GraphModule, node: Node) -> nn.Module:
     """Module that a ``call_module`` node runs."""
     assert node.op == "call_module", node.format_node()
-    return gm.get_submodule(str(node.target))
+    return _module_at(gm, str(node.target))
+
+
+def _module_at(gm: GraphModule, path: str) -> nn.Module:
+    """``gm.get_submodule(path)`` without its checks, which are most of what a look at a graph costs."""
+    module: Any = gm
+    for part in path.split("."):
+        module = module._modules[part]
+    return module  # type: ignore[no-any-return]
 
 
 def kind(gm: GraphModule, node: Node) -> str:
     """Canonical kind: those of :data:`fxq.modules.KINDS`, ``input``, ``output``, ``attr``, ``getitem`` or ``opaque``."""
     if node.op == "call_module":
-        return kind_of(gm.get_submodule(str(node.target)))
+        return kind_of(_module_at(gm, str(node.target)))
     if node.op in ("placeholder", "output"):
         return "input" if node.op == "placeholder" else "output"
     if node.op == "get_attr":
@@ -246,6 +254,11 @@ def input_names(gm: GraphModule) -> list[str]:
 def new_graph_module(root: nn.Module, graph: Graph, name: str) -> GraphModule:
     """GraphModule over ``graph`` in eval mode."""
     return GraphModule(root, graph, name).eval()
+
+
+def structure(gm: GraphModule) -> list[Any]:
+    """What the graph's code depends on: equal lists, equal code."""
+    return [(n.name, n.op, n.target, n.args, n.kwargs) for n in gm.graph.nodes]
 
 
 def finish(gm: GraphModule) -> None:

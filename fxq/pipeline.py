@@ -111,13 +111,16 @@ class Pipeline:
         """
         check_all = os.environ.get("FXQ_VERIFY", "") not in ("", "0")
         holds: set[str] = set()
+        code = graph.structure(gm)
         before = _output(gm, ctx) if any(p.tolerance is not None for p in self.passes) else None
         for i, p in enumerate(self.passes):
             ctx.progress(p.name, i, len(self.passes))
             ctx.skips = []
             start = time.perf_counter()
             rewrites = p.run(gm, ctx)
-            graph.finish(gm)
+            code, old = graph.structure(gm), code
+            if code != old:
+                graph.finish(gm)
             ms = (time.perf_counter() - start) * 1e3
             holds = (holds - set(p.breaks)) | set(p.ensures)
             for name in sorted(holds) if check_all else p.ensures:

@@ -26,7 +26,7 @@ class Convert(Pass):
     ensures: ClassVar[tuple[str, ...]] = ("converted",)
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
-        changed = 0
+        changed, device = 0, next((p.device for p in gm.parameters()), torch.device("cpu"))
         for node in list(gm.graph.nodes):
             if kind(gm, node) in WEIGHTED and (node.meta.get("integer") or "weight_spec" in node.meta):
                 swap_module(gm, node, self._quantized(gm, node, ctx))
@@ -39,7 +39,7 @@ class Convert(Pass):
         for node in list(gm.graph.nodes):
             grid = node.meta.get("grid")
             if grid is not None and kind(gm, node) != "fake_quantize":
-                self._round(gm, node, grid, grids(gm)[grid])
+                self._round(gm, node, grids(gm)[grid], device)
                 changed += 1
         return changed
 
@@ -58,11 +58,12 @@ class Convert(Pass):
         weight = numerics.widen_for_bias(weight, bias, source)
         return Quantized(op, weight, numerics.bias_qparams(source, weight))
 
-    def _round(self, gm: GraphModule, node: Node, name: str, grid: Grid) -> None:
+    def _round(self, gm: GraphModule, node: Node, grid: Grid, device: torch.device) -> None:
         assert grid.qparams is not None
+        name = node.meta["grid"]
         wish = str(node.target) if node.op in ("call_module", "get_attr") else node.name
         module = FakeQuantize(grid.qparams, name)
-        path = add_module(gm, f"{wish}_q", module.to(_device(gm)))
+        path = add_module(gm, f"{wish}_q", module.to(device))
         users = [u for u in node.users if node.meta.get("integer") or u.meta.get("integer")]
         with gm.graph.inserting_after(node):
             rounded = gm.graph.call_module(path, (node,))
@@ -87,8 +88,3 @@ def weight_qparams(op: nn.Module, spec: QuantSpec, observer: str, where: str) ->
     lo, hi = observers.weight_range(weight.detach(), spec, observer)
     return numerics.choose_qparams(lo, hi, spec)
 
-
-def _device(gm: GraphModule) -> torch.device:
-    for p in gm.parameters():
-        return p.device
-    return torch.device("cpu")
