@@ -1,0 +1,116 @@
+"""The documentation is true: its code runs, its tables are the code's, its links lead somewhere."""
+
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fxq import cli, errors, schemes, targets
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def rows(page: str, head: str) -> list[list[str]]:
+    """Cells of the table of a page whose header starts with ``head``, without backticks."""
+    text = (ROOT / page).read_text()
+    table = text[text.index(f"| {head} |") :].split("\n\n")[0]
+    return [[c.strip().strip("`") for c in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table.splitlines()[2:] if line.startswith("|")]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the data that the pages speak of; schemes that a page registers are forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(schemes, "_TABLE", dict(schemes._TABLE))
+    rng = np.random.default_rng(0)
+    np.save("calibration.npy", rng.normal(size=(8, 3, 32, 32)).astype(np.float32))
+    Path("images").mkdir()
+    for i in range(4):
+        Image.fromarray(rng.integers(0, 255, (80, 90, 3), np.uint8)).save(f"images/{i}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/schemes.md"])
+def test_python_blocks_run(page: str, here: Path) -> None:
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    for code in blocks(page, "python"):
+        exec(compile(code, page, "exec"), names)
+    assert "m" in names
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+def test_commands_run(page: str, here: Path) -> None:
+    lines = [line for block in blocks(page, "console") for line in block.splitlines() if line]
+    assert len(lines) == 3
+    for line in lines:
+        prompt, program, *args = shlex.split(line)
+        assert (prompt, program) == ("$", "fxq-lower")
+        assert cli.main(args) == 0, line
+
+
+def test_schemes_are_those_of_the_code() -> None:
+    made = [[s.name, s.method, str(s.weight or ""), str(s.activation or ""), s.summary] for s in map(schemes.get, schemes.names())]
+    assert rows("docs/schemes.md", "scheme") == made
+    assert [r[0] for r in rows("docs/schemes.md", "observer")] == list(schemes.OBSERVERS)
+
+
+def test_targets_are_those_of_the_code() -> None:
+    text = (ROOT / "docs/targets.md").read_text()
+    for name in targets.names():
+        t = targets.get(name)
+        signed = t.for_scheme(schemes.get("iao_w8a8_sym"))
+        assert f"## {name}\n" in text and f"IR {t.ir_version}," in text
+        assert f"opset {t.opset} ({signed.opset} with signed activations)" in text
+
+
+def test_errors_are_those_of_the_code() -> None:
+    classes = {n for n, c in vars(errors).items() if isinstance(c, type) and issubclass(c, errors.FxqError)}
+    assert {r[0] for r in rows("docs/errors.md", "error")} == classes
+
+
+def test_messages_of_bad_input_stand_in_the_code() -> None:
+    source = "\n".join(p.read_text() for p in (ROOT / "fxq").rglob("*.py"))
+    table = (ROOT / "docs/errors.md").read_text().split("## Bad input")[1]
+    quoted = [m for line in table.splitlines() if line.startswith("| ") for m in re.findall(r"`([^`]+)`", line.split(" | ")[-1])]
+    parts = [p.strip() for m in quoted for p in m.split("...") if len(p.strip()) > 3]
+    assert len(parts) > 30
+    assert [p for p in parts if p not in source] == []
+
+
+def test_architecture_names_every_file() -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    named = {n for r in rows("docs/architecture.md", "files") for n in re.findall(r"[\w/]+", r[0])}
+    there = {str(p.relative_to(ROOT / "fxq").with_suffix("")) for p in (ROOT / "fxq").rglob("*.py") if p.name != "__init__.py"}
+    assert named == there
+    drawn = set(re.findall(r"\w+", text.split("```\ncli\n")[1].split("```")[0])) | {"cli"}
+    assert drawn == {n.split("/")[0] for n in there}
+
+
+def test_dependencies_are_those_of_the_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    name = re.compile(r"^[\w.\-\[\]]+")
+    assert [r[0] for r in rows("docs/dependencies.md", "package")] == [name.match(d)[0] for d in project["dependencies"]]  # type: ignore[index]
+    extras = {r[0]: r[1].split(", ") for r in rows("docs/dependencies.md", "extra")}
+    assert extras == {k: [name.match(d)[0] for d in v] for k, v in project["optional-dependencies"].items()}  # type: ignore[index]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)#]+)", text):
+        assert (page.parent / link).exists(), link
+    for path in re.findall(r"`((?:benchmarks|docs|examples|tests|fxq)/[\w/]+\.(?:py|md))`", text):
+        assert (ROOT / path).exists(), path
+    for script in re.findall(r"python (benchmarks/\w+\.py)", text):
+        assert (ROOT / script).exists(), script
