@@ -171,7 +171,7 @@ def test_an_error_of_the_users_loader_comes_through() -> None:
 
 
 def test_torchscript_and_compiled_models_are_refused() -> None:
-    with pytest.warns(DeprecationWarning):
+    with pytest.warns(FutureWarning, match="deprecated"):
         scripted = torch.jit.trace(net().eval(), data())  # type: ignore[no-untyped-call]
     with pytest.raises(FxqError, match=r"TorchScript has no Python code to capture\. Pass the model that it was made from"):
         fxq.compile(scripted, calibration=data())
@@ -264,6 +264,13 @@ def test_odd_values_compile_and_are_proven(case: str, scheme: str) -> None:
         proof = m.verify(artifact, x)
         assert proof.ok and proof.differ == 0 and proof.hidden_differ == 0, str(proof)
     assert bool(torch.isfinite(m(data())).all())
+
+
+def test_weights_whose_inputs_have_no_usable_moments_are_rounded_to_nearest_with_a_reason() -> None:
+    make, calibration = VALID["an outlier"]
+    m = fxq.compile(make(), "iao_w4a8", calibration=calibration())
+    reasons = [s.why for s in m.history["round-weights"].skips]
+    assert reasons and all(why.endswith("the weights are rounded to nearest") for why in reasons)
 
 
 # ---------------------------------------------------------------- files

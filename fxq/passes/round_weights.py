@@ -16,6 +16,7 @@ from fxq.modules import WEIGHTED, Quantized
 from fxq.pipeline import Pass, PassContext
 from fxq.spec import QParams
 
+_NOISE = 1e-6
 _BLOCK = 64
 
 
@@ -75,13 +76,22 @@ class RoundWeights(Pass):
         assert isinstance(layer, Quantized)
         op: Any = layer.op
         cov, cross = moments(op, inputs, self.positions)
+        if not bool(torch.isfinite(cov).all() & torch.isfinite(cross).all()):
+            ctx.skip(node, "its inputs are too large for their moments: the weights are rounded to nearest")
+            return layer
         rows = op.weight.detach().to(torch.float64).reshape(len(cov), -1, cov.shape[1])
         diagonal = cov.diagonal(dim1=1, dim2=2)
         ridge = self.damping * diagonal.mean(1, keepdim=True)
-        cov = cov + torch.diag_embed(torch.where(ridge > 0, ridge, 1.0).expand_as(diagonal))
-        goal = rows + torch.linalg.solve(cov, (rows @ cross).transpose(1, 2)).transpose(1, 2)
-        weight = feedback(goal, cov, layer.weight_grid.qparams).reshape(op.weight.shape).to(torch.float32)
-        return with_parameters(gm, node, weight, op.bias, ctx.target.int32_bias)
+        ridge = torch.where(ridge > 0, ridge, 1.0)
+        for _ in range(8):
+            damped = cov + torch.diag_embed(ridge.expand_as(diagonal))
+            goal = rows + torch.linalg.solve_ex(damped, (rows @ cross).transpose(1, 2))[0].transpose(1, 2)
+            weight = feedback(goal, damped, layer.weight_grid.qparams)
+            if weight is not None:
+                return with_parameters(gm, node, weight.reshape(op.weight.shape).to(torch.float32), op.bias, ctx.target.int32_bias)
+            ridge = ridge * 10
+        ctx.skip(node, "the moments of its inputs have no inverse: the weights are rounded to nearest")
+        return layer
 
 
 def moments(op: Any, inputs: list[Pair], positions: int) -> tuple[Tensor, Tensor]:
@@ -102,11 +112,14 @@ def moments(op: Any, inputs: list[Pair], positions: int) -> tuple[Tensor, Tensor
             new = (a.sum(1), b.sum(1), a.transpose(1, 2) @ a, b.transpose(1, 2) @ a)
             sums = [s + v.to(torch.float64) for s, v in zip(sums, new, strict=True)]
     mean, gap, square, cross = (s / total for s in sums)
+    # The products are summed in float32: where the inputs hardly vary, what is left of them is noise.
+    noise = _NOISE * square.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
+    square = square + torch.diag_embed(noise.expand(-1, square.shape[1]))
     return square - mean[:, :, None] * mean[:, None, :], cross - gap[:, :, None] * mean[:, None, :]
 
 
-def feedback(rows: Tensor, cov: Tensor, qp: QParams) -> Tensor:
-    """Values on the grid for ``rows``, each column's rounding error fed on to the columns after it.
+def feedback(rows: Tensor, cov: Tensor, qp: QParams) -> Tensor | None:
+    """Values on the grid for ``rows``, each column's rounding error fed on to the columns after it; ``None`` when ``cov`` has no factors.
 
     Args:
         rows: float64 ``[G, R, K]``; output channel ``g * R + r`` has the grid of that index.
@@ -117,7 +130,10 @@ def feedback(rows: Tensor, cov: Tensor, qp: QParams) -> Tensor:
     order = cov.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
     w = rows.gather(2, order[:, None, :].expand(-1, count, -1)).clone()
     cov = cov.gather(1, order[:, :, None].expand_as(cov)).gather(2, order[:, None, :].expand_as(cov))
-    upper = torch.linalg.cholesky(torch.linalg.inv(cov), upper=True)
+    inverse, failed = torch.linalg.inv_ex(cov)
+    upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
+    if bool((failed != 0).any() | (info != 0).any()):
+        return None
     scale = qp.scale.to(torch.float64).expand(groups * count).reshape(groups, count)
     zero = qp.zero_point.to(torch.float64).expand(groups * count).reshape(groups, count)
     out = torch.empty_like(w)
