@@ -45,7 +45,7 @@ class Scheme:
             raise SchemeError(f"scheme {self.name!r} has the unknown method {self.method!r}", way_out="Use one of " + ", ".join(METHODS))
         for role in (self.activation_observer, self.weight_observer):
             if role not in OBSERVERS:
-                raise SchemeError(f"scheme {self.name!r} names the unknown observer {role!r}", way_out="Use " + nearest(role, OBSERVERS))
+                raise SchemeError(f"scheme {self.name!r} names the unknown observer {role!r}", way_out=nearest(role, OBSERVERS))
         if self.weight_rounding not in ROUNDINGS:
             way_out = "Use " + " or ".join(ROUNDINGS)
             raise SchemeError(f"scheme {self.name!r} names the unknown rounding {self.weight_rounding!r}", way_out=way_out)

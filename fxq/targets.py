@@ -9,6 +9,9 @@ from fxq.errors import SchemeError, TargetError, nearest
 from fxq.schemes import Scheme
 from fxq.spec import QuantSpec
 
+INT4_OPSET = 21
+"""ONNX has 4-bit tensors from this opset on."""
+
 
 @dataclass(frozen=True)
 class OpRule:
@@ -61,12 +64,9 @@ class Target:
     signed_opset: int | None = None
 
     def for_scheme(self, scheme: Scheme) -> Target:
-        """The target with the opset that files of this scheme take. 4-bit codes need opset 21 in any case."""
+        """The target with the opset that files of this scheme take."""
         signed = scheme.activation is not None and scheme.activation.signed
-        narrow = scheme.weight is not None and scheme.weight.bits < 8
-        if self.signed_opset is None or not signed or narrow:
-            return self
-        return replace(self, opset=min(self.opset, self.signed_opset))
+        return replace(self, opset=min(self.opset, self.signed_opset)) if signed and self.signed_opset is not None else self
 
     def require(self, scheme: Scheme) -> None:
         """Refuse a scheme whose grids this runtime does not take.
@@ -80,6 +80,11 @@ class Target:
                     f"target {self.name!r} does not take {role} grids of {spec} (scheme {scheme.name!r})",
                     way_out="It takes " + ", ".join(legal),
                 )
+        if scheme.weight is not None and scheme.weight.bits < 8 and self.for_scheme(scheme).opset < INT4_OPSET:
+            raise SchemeError(
+                f"target {self.name!r} does not take weights of {scheme.weight} with activations of {scheme.activation} (scheme {scheme.name!r})",
+                way_out="Use u8/pt activations",
+            )
 
 
 def _plain(spec: QuantSpec) -> QuantSpec:
