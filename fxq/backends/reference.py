@@ -180,7 +180,7 @@ class Reference:
                 elif n.op == "placeholder":
                     env[n] = tree_map(Tensor.cpu, next(given))
                 elif n.op == "output":
-                    return tree_map(_real, map_arg(n.args[0], env.__getitem__))
+                    return tree_map(_real, _plain(map_arg(n.args[0], env.__getitem__)))
                 else:
                     env[n] = self._float(n, env)
                 for dead in self._free.get(n, ()):
@@ -224,6 +224,15 @@ class Reference:
         if n.op == "call_method":
             return getattr(args[0], str(n.target))(*args[1:], **kwargs)
         return n.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _plain(v: Any) -> Any:
+    """Ordinary lists and dicts for those of a graph, which cannot be changed."""
+    if isinstance(v, dict):
+        return {k: _plain(x) for k, x in v.items()}
+    if type(v) is tuple:
+        return tuple(_plain(x) for x in v)
+    return [_plain(x) for x in v] if isinstance(v, list) else v
 
 
 def _real(v: Any) -> Any:
