@@ -249,3 +249,117 @@ def test_a_million_codes_with_planted_ties() -> None:
         reciprocal = (torch.round(x * (1 / qp.scale)) + qp.zero_point).clamp(0, 255).to(torch.uint8)
         by_reciprocal += int((reciprocal != want).sum())
     assert by_division == 0 and by_reciprocal > 0  # the data can tell the two apart
+
+
+# ---------------------------------------------------------------- every form that the runtime takes
+
+KINDS = {"u8": TensorProto.UINT8, "s8": TensorProto.INT8, "s4": TensorProto.INT4, "u4": TensorProto.UINT4, "s16": TensorProto.INT16}
+
+
+@functools.cache
+def _both_ways(text: str, axis: int | None, rank: int) -> ort.InferenceSession:
+    """QuantizeLinear (given back as int32 codes) and DequantizeLinear behind it, with the optimizer off."""
+    kind, vector = KINDS[text], [] if axis is None else ["c"]
+    sizes = [f"d{i}" for i in range(rank)]
+    attributes = {} if axis is None else {"axis": axis}
+    nodes = [
+        helper.make_node("Cast", ["zero"], ["z"], to=kind), helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"], **attributes),
+        helper.make_node("Cast", ["q"], ["codes"], to=TensorProto.INT32), helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"], **attributes),
+    ]  # fmt: skip
+    inputs = [("x", TensorProto.FLOAT, sizes), ("s", TensorProto.FLOAT, vector), ("zero", TensorProto.INT32, vector)]
+    outputs = [("codes", TensorProto.INT32, sizes), ("y", TensorProto.FLOAT, sizes)]
+    graph = helper.make_graph(nodes, "g", *[[helper.make_tensor_value_info(*v) for v in values] for values in (inputs, outputs)])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def agrees(x: Tensor, qp: QParams) -> None:
+    """Codes and the values behind them equal the runtime's."""
+    session = _both_ways(str(qp.spec).split("/")[0].strip("nay"), qp.spec.axis, x.ndim)
+    codes, real = session.run(None, {"x": x.numpy(), "s": qp.scale.numpy(), "zero": qp.zero_point.numpy()})
+    ours = numerics.quantize(x, qp)
+    assert ours.shape == x.shape and torch.equal(ours.to(torch.int32), torch.from_numpy(codes))
+    assert torch.equal(numerics.dequantize(ours, qp), torch.from_numpy(real))
+    assert torch.equal(numerics.fake_quantize(x, qp), torch.from_numpy(real))
+
+
+@given(st.sampled_from(["u8", "s8", "s4", "u4", "s16"]), st.floats(2**-126, 2**100, width=32), st.data())
+@quick
+def test_every_integer_type_equals_the_runtime(text: str, scale: float, data: st.DataObject) -> None:
+    spec = QuantSpec.parse(f"{text}{'a' if text[0] == 's' else ''}/pt")
+    qp = grid(spec, scale, data.draw(st.integers(spec.qmin, spec.qmax)))
+    steps = data.draw(st.lists(st.integers(2 * spec.qmin - 3, 2 * spec.qmax + 3), max_size=12))
+    ties = (torch.tensor(steps, dtype=torch.float32) + 0.5) * qp.scale
+    near = torch.cat([torch.nextafter(ties, torch.full_like(ties, side)) for side in (-torch.inf, torch.inf)])
+    values = f32(*data.draw(st.lists(finite, max_size=8)))
+    x = torch.cat([ties, near, values])
+    if spec.bits == 4:  # the runtime's 4-bit kernel wraps around beyond int32, where ours saturates
+        x = x[(x / qp.scale).abs() < 2**30]
+    agrees(x[torch.isfinite(x)], qp)
+
+
+@given(st.sampled_from(["u8", "s8", "s4"]), st.integers(1, 5), st.integers(0, 3), st.integers(0, 2), st.integers(0, 10**6))
+@quick
+def test_channels_equal_the_runtime(text: str, channels: int, other: int, axis: int, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    spec = QuantSpec.parse(f"{text}{'a' if text[0] == 's' else ''}/pc{axis}")
+    sizes = [2, other, 3]
+    sizes[axis] = channels
+    scale = torch.pow(2.0, torch.randint(-20, 20, (channels,), generator=g).float()) * (1 + torch.rand(channels, generator=g))
+    zero = torch.randint(spec.qmin, spec.qmax + 1, (channels,), generator=g, dtype=torch.int32)
+    steps = torch.randint(-300, 300, sizes, generator=g) + 0.5 * torch.randint(0, 2, sizes, generator=g)
+    agrees(steps * numerics.along(scale, axis, 3), QParams(spec, scale, zero))  # other = 0: a tensor without elements
+
+
+def test_the_ends_of_float32() -> None:
+    top, tiny = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
+    x = f32(0.0, -0.0, tiny, -tiny, tiny / 4, -tiny / 4, 1.0, -1.0, top, -top)
+    for scale in (tiny, 2 * tiny, 1.0, top / 256, top / 2):
+        agrees(x[(x / scale).isfinite()], grid(U8, scale, 7))
+        agrees(x[(x / scale).isfinite()], grid(S8, scale))
+
+
+@pytest.mark.parametrize("spec", [QuantSpec.parse(t) for t in ("u8/pt", "s8/pt", "s8n/pt", "s4n/pt", "s8a/pt")])
+@pytest.mark.parametrize("sizes", [(0,), (0, 3), (2, 0, 3), ()])
+def test_tensors_without_elements_and_single_numbers(spec: QuantSpec, sizes: tuple[int, ...]) -> None:
+    qp, x = grid(spec, 0.5), torch.full(sizes, 1.25)
+    codes = numerics.quantize(x, qp)
+    assert codes.shape == x.shape and codes.dtype == spec.dtype and numerics.fake_quantize(x, qp).shape == x.shape
+    assert codes.numel() == 0 or int(codes) == 2
+
+
+# ---------------------------------------------------------------- the IAO formulas of the reference page
+
+GOLDEN = [
+    ("u8/pt", (-1, 4), [-1, 0, 1, 4], [0, 51, 102, 255], 5 / 255, 51),
+    ("u8/pt", (2, 4), [0, 2, 4], [0, 127, 255], 4 / 255, 0),
+    ("u8/pt", (-4, -2), [-4, -2, 0], [0, 128, 255], 4 / 255, 255),
+    ("u8y/pt", (0, 6), [0, 3, 6], [0, 128, 255], 6 / 255, 0),
+    ("s8n/pt", (-127, 127), [-127, 62.5, 63.5, -0.5, 0.49999997], [-127, 62, 64, 0, 0], 1.0, 0),
+    ("s8n/pt", (-2, 1), [1, -2], [64, -127], 2 / 127, 0),
+    ("s8n/pt", (0.25, 0.5), [0.5, 0.25], [127, 64], 0.5 / 127, 0),
+    ("s8/pt", (-2, 1), [1, -2], [64, -127], 2 / 127, 0),
+    ("s4n/pt", (-3.5, 7), [7, -3.5, 1, 0], [7, -4, 1, 0], 1.0, 0),
+    ("u8/pt", (0, 0), [0, 0], [0, 0], 1.0, 0),
+]
+
+
+@pytest.mark.parametrize(("spec", "range_", "x", "codes", "scale", "zero"), GOLDEN)
+def test_golden_vectors(spec: str, range_: tuple[float, float], x: list[float], codes: list[int], scale: float, zero: int) -> None:
+    qp = choose(*range_, QuantSpec.parse(spec))
+    assert float(qp.scale) == float(np.float32(scale)) and int(qp.zero_point) == zero
+    assert numerics.quantize(f32(*x), qp).tolist() == codes
+    agrees(f32(*x), qp)
+
+
+def test_golden_gradient_and_union() -> None:
+    x = f32(-4.5, -4.25, -4, 0.25, 0.75, 3.5, 3.7, 3.75).requires_grad_()
+    qp = grid(QuantSpec.parse("s4/pt"), 0.5)
+    numerics.fake_quantize(x, qp).sum().backward()  # type: ignore[no-untyped-call]
+    assert numerics.quantize(x.detach(), qp).tolist() == [-8, -8, -8, 0, 2, 7, 7, 7]
+    assert x.grad is not None and x.grad.tolist() == [0, 1, 1, 1, 1, 1, 1, 0]
+    a, b = (-1.0, 2.0), (0.0, 6.0)  # the one grid of an addition's operands covers both
+    union = choose(min(a[0], b[0]), max(a[1], b[1]), U8)
+    assert float(union.scale) == float(np.float32(7) / np.float32(255)) and int(union.zero_point) == 36
