@@ -193,8 +193,9 @@ def calibration_from(path: Path, source: str, size: tuple[int, ...] | None, batc
     if path.is_dir():
         return _images(path, source, size, batch)
     try:
-        data = np.load(path, allow_pickle=False)
-        arrays = {"": data} if isinstance(data, np.ndarray) else {k: data[k] for k in data.files}
+        with path.open("rb") as file:  # numpy leaves a damaged .npz open
+            data = np.load(file, allow_pickle=False)
+            arrays = {"": data} if isinstance(data, np.ndarray) else {k: data[k] for k in data.files}
         parts = {k: torch.from_numpy(v).split(batch) for k, v in arrays.items()}  # type: ignore[no-untyped-call]
     except Exception as e:  # numpy has no class of its own for a damaged file
         raise InputError(f"cannot be read: {_line(e)}", where=str(path), way_out="Give a folder of images, or a .npy or .npz file of numbers") from e
