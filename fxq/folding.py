@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from fxq.convolutions import conv_pads
 from fxq.graph import attr, data_inputs, erase, float_module, kind, module_of, shape, swap_module
-from fxq.modules import WEIGHTED, conv_pads
+from fxq.modules import WEIGHTED
 
 ARITHMETIC = ("add", "sub", "mul", "div")
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxq import modules as m
+from fxq.convolutions import CHANNEL_AFFINE, conv_pads, padded
 from fxq.folding import bn_affine
 from fxq.graph import attr, copy_shape, data_inputs, erase, free_path, insert_module, kind, module_of, shape, swap_module, walk
 from fxq.pipeline import PassContext
@@ -57,7 +58,7 @@ def _symmetric(ctx: PassContext) -> bool:
 def _depthwise(kernel: tuple[int, ...], weight: Tensor, bias: Tensor | None, dtype: torch.dtype, **how: Any) -> nn.Module:
     """Depthwise conv with constant weights: ``weight`` ``[C]`` over every tap of ``kernel``, ``bias`` ``[C]``."""
     c = weight.numel()
-    table = m.CHANNEL_AFFINE if set(kernel) == {1} and not how else CONV
+    table = CHANNEL_AFFINE if set(kernel) == {1} and not how else CONV
     conv: Any = table[len(kernel) - 1](c, c, kernel, groups=c, bias=bias is not None, **how)
     conv.weight = nn.Parameter(weight.reshape(c, 1, *([1] * len(kernel))).expand(c, 1, *kernel).contiguous().to(dtype))
     if bias is not None:
@@ -157,7 +158,7 @@ def merge_pad(gm: GraphModule, ctx: PassContext) -> int:
             continue
         extra = [*pad.pads, *([0] * (2 * spatial))][: 2 * spatial]
         for user in users:
-            own = [p for pair in reversed(m.conv_pads(module_of(gm, user))) for p in pair]
+            own = [p for pair in reversed(conv_pads(module_of(gm, user))) for p in pair]
             swap_module(gm, user, _with_pads(module_of(gm, user), [a + b for a, b in zip(extra, own, strict=True)]))
         erase(gm, node)
         done += 1
@@ -177,14 +178,14 @@ def _cannot_merge(gm: GraphModule, pad: Any, spatial: int, users: list[Node]) ->
         conv: Any = module_of(gm, user)
         if conv.weight.ndim != spatial + 2:
             return f"{user.name} takes its dimensions in another way"
-        if conv.padding_mode != "zeros" and any(p for pair in m.conv_pads(conv) for p in pair):
+        if conv.padding_mode != "zeros" and any(p for pair in conv_pads(conv) for p in pair):
             return f"{user.name} pads with {conv.padding_mode} itself"
     return None if users else "nothing reads it"
 
 
 def _with_pads(conv: nn.Module, pads: list[int]) -> nn.Module:
     """The conv with these pads (torch's order): an ordinary layer where begin and end are alike."""
-    new: Any = m.padded(conv, pads)
+    new: Any = padded(conv, pads)
     new.padding_mode = "zeros"
     if pads[0::2] == pads[1::2]:
         plain: Any = CONV[len(pads) // 2 - 1]

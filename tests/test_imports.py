@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "fxq"
 STREET: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("spec",),
-    ("numerics", "schemes"),
+    ("numerics", "schemes", "convolutions"),
     ("modules", "observers", "targets"),
     ("graph", "lowering", "tracers", "calibration"),
     ("shapes", "snapshot", "folding", "kernels", "layerwise", "routing", "concrete", "exported", "parts"),

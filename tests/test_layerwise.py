@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 import fxq
+from fxq.convolutions import padded
 from fxq.layerwise import Pair, Sides, channel_mean, patches
-from fxq.modules import padded
 
 LAYERS = [
     nn.Conv2d(4, 6, 3, stride=2, padding=1),

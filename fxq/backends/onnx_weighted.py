@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from fxq import modules as m
 from fxq.backends.onnx_writer import Writer, rounding
+from fxq.convolutions import conv_pads
 from fxq.graph import kind, module_of, shape
 from fxq.spec import QParams
 
@@ -39,7 +40,7 @@ def _layer(w: Writer, node: Node, op: Any, weight: str, bias: list[str]) -> str:
     if isinstance(op, nn.modules.conv._ConvTransposeNd):
         attrs.update(pads=[*op.padding, *op.padding], output_padding=op.output_padding)
         return w.op("ConvTranspose", [w.input(node), weight, *bias], out, **attrs)
-    pads = m.conv_pads(op)
+    pads = conv_pads(op)
     begin, end = [b for b, _ in pads], [e for _, e in pads]
     if op.padding_mode == "zeros":
         return w.op("Conv", [w.input(node), weight, *bias], out, pads=begin + end, **attrs)

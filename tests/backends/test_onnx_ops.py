@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fxq import modules as m
 from fxq.backends.onnx_qdq import EMITTERS
+from fxq.convolutions import padded
 
 _spec: Any = importlib.util.spec_from_file_location("onnx_tools", Path(__file__).parents[1] / "onnx_tools.py")
 t: Any = importlib.util.module_from_spec(_spec)
@@ -45,9 +46,9 @@ UNARY: list[tuple[nn.Module, tuple[int, ...]]] = [
     (nn.Conv2d(4, 4, 3, padding=2, padding_mode="circular"), IMAGE),
     (nn.Conv2d(4, 4, 3, padding=(2, 0), padding_mode="replicate"), IMAGE),
     (nn.Conv3d(4, 2, 3, dilation=(1, 2, 1), padding=1), CUBE),
-    (m.padded(nn.Conv2d(4, 6, 3, 2), (0, 1, 2, 0)), IMAGE),
-    (m.padded(nn.Conv1d(4, 6, 3), (2, 1)), LINE),
-    (m.padded(nn.Conv3d(4, 2, 3), (0, 1, 1, 2, 2, 0)), CUBE),
+    (padded(nn.Conv2d(4, 6, 3, 2), (0, 1, 2, 0)), IMAGE),
+    (padded(nn.Conv1d(4, 6, 3), (2, 1)), LINE),
+    (padded(nn.Conv3d(4, 2, 3), (0, 1, 1, 2, 2, 0)), CUBE),
     (nn.ConvTranspose1d(4, 3, 3, 2, 1, 1), LINE),
     (nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, groups=2), IMAGE),
     (nn.ConvTranspose3d(4, 2, 2, 2, bias=False), CUBE),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fxq import modules as m
 from fxq.backends.reference import Reference, plan
+from fxq.convolutions import padded
 from fxq.proof import verify
 from tests.converted import converted, fq, onnx_bytes
 
@@ -219,7 +220,7 @@ class Convs(nn.Module):
     def __init__(self, dims: int) -> None:
         super().__init__()
         conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims]
-        self.x_q, self.a, self.a_q, self.b, self.b_q = fq(), conv(2, 6, 3, padding=1), fq(), m.padded(conv(6, 4, 3), (1, 0) * dims), fq()
+        self.x_q, self.a, self.a_q, self.b, self.b_q = fq(), conv(2, 6, 3, padding=1), fq(), padded(conv(6, 4, 3), (1, 0) * dims), fq()
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.b_q(self.b(self.a_q(self.a(self.x_q(x)))))

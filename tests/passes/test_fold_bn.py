@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fxq import folding
 from fxq import modules as m
+from fxq.convolutions import padded
 from fxq.graph import kind
 from fxq.passes.fold_bn import FoldBN
 from fxq.verify import INVARIANTS
@@ -77,7 +78,7 @@ LAYERS: dict[str, tuple[nn.Module, nn.Module, tuple[int, ...]]] = {
     "transposed1d": (nn.ConvTranspose1d(4, 6, 3, 2), nn.BatchNorm1d(6), (2, 4, 5)),
     "transposed2d-grouped": (nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, groups=2), nn.BatchNorm2d(6), (2, 4, 5, 5)),
     "transposed3d-no-bias": (nn.ConvTranspose3d(2, 6, 2, groups=2, bias=False), nn.BatchNorm3d(6), (2, 2, 3, 3, 3)),
-    "padded": (m.padded(nn.Conv2d(4, 6, 3), (0, 1, 2, 0)), nn.BatchNorm2d(6), (2, 4, 9, 9)),
+    "padded": (padded(nn.Conv2d(4, 6, 3), (0, 1, 2, 0)), nn.BatchNorm2d(6), (2, 4, 9, 9)),
     "linear": (nn.Linear(5, 6), nn.BatchNorm1d(6), (4, 5)),
     "one-channel": (nn.Linear(5, 7), nn.BatchNorm1d(1), (4, 1, 5)),
     "two-norms": (nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)), nn.BatchNorm2d(6), (2, 4, 9, 9)),

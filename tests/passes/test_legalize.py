@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fxq import modules as m
 from fxq import targets
+from fxq.convolutions import conv_pads
 from fxq.errors import PassError
 from fxq.passes.legalize import Legalize
 from tests.helpers import canonical, context, moved, randomize, run_pass, skips
@@ -66,7 +67,7 @@ def test_merged_pads_are_asymmetric_and_ordinary_where_they_can_be() -> None:
     gm = canonical(nn.Sequential(m.Pad((1, 2, 0, 1)), nn.Conv2d(3, 4, 3)), X)
     run_pass(Legalize(), gm, context(X))
     conv = next(mod for mod in gm.modules() if isinstance(mod, nn.Conv2d))
-    assert m.conv_pads(conv) == ((0, 1), (1, 2))
+    assert conv_pads(conv) == ((0, 1), (1, 2))
 
 
 @pytest.mark.parametrize(
