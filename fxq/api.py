@@ -100,6 +100,11 @@ class CompiledModel(nn.Module):
         self._reference: Any = None
         self.eval()
 
+    def _apply(self, fn: Any, recurse: bool = True) -> CompiledModel:
+        self._reference = None  # it may have been made on another device
+        super()._apply(fn, recurse)
+        return self
+
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
         """A copy of its own; the integer reference is made anew when it is asked for."""
         new = type(self).__new__(type(self))
@@ -133,7 +138,7 @@ class CompiledModel(nn.Module):
 
     def reference(self, *args: Any) -> Any:
         """The integer reference: the numbers that the fused artifact gives, as dequantized float32 tensors."""
-        if self._reference is None:
+        if self._reference is None or self._reference.gm is not self.root:  # of a model on another device it is a copy, which ages
             from fxq.backends.reference import Reference
 
             self._reference = Reference(self.graph_module)

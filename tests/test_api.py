@@ -170,6 +170,18 @@ def test_moving_and_modes_change_no_number() -> None:
     assert torch.equal(m.to("cpu")(data()), want) and torch.equal(m.train()(data()), want) and torch.equal(m.eval().reference(data()), exact)
 
 
+def test_the_reference_follows_the_model() -> None:
+    m = fxq.compile(net(), calibration=data())
+    want = m.reference(data())
+    first = m._reference
+    assert torch.equal(m.reference(data()), want) and m._reference is first
+    assert torch.equal(m.to("cpu").reference(data()), want) and m._reference is not first  # a move makes it anew
+    with torch.no_grad():
+        for p in m.parameters():
+            p.mul_(0.5)
+    assert not torch.equal(m.reference(data()), want) and m.verify(m.lower(), data()).ok
+
+
 def test_skip_takes_one_pattern_or_many() -> None:
     for skip in ("3", ["3"], ("3", "0")):
         m = fxq.compile(net(), calibration=data(), skip=skip)
