@@ -102,7 +102,7 @@ class CompiledModel(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> CompiledModel:
         self._reference = None  # it may have been made on another device
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
