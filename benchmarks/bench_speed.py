@@ -74,14 +74,31 @@ def quantize_static(fp32: Path, out: Path, batches: list[np.ndarray]) -> None:
     run(str(pre), str(out), Reader(), quant_format=QuantFormat.QDQ, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, per_channel=True)
 
 
-def openvino_run(path: Path | bytes, x: np.ndarray, threads: int, precision: str) -> Callable[[], Any]:
+def openvino_run(model: Any, x: np.ndarray, threads: int, precision: str) -> tuple[Callable[[], Any], Any]:
+    """A call of the model in OpenVINO, and the graph that it executes."""
+    import openvino as ov
+
+    config = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": precision}
+    compiled = ov.Core().compile_model(model, "CPU", config)
+    request = compiled.create_infer_request()
+    return (lambda: request.infer([x])), compiled.get_runtime_model()
+
+
+def openvino_int8(graph: Any) -> str:
+    """``integer/all`` of the convolutions and matrix products of an executed graph."""
+    found = [op.get_rt_info() for op in graph.get_ops()]
+    weighted = [i for i in found if i["layerType"].astype(str) in ("Convolution", "Deconvolution", "FullyConnected", "MatMul")]
+    return f"{sum(i['primitiveType'].astype(str).endswith('I8') for i in weighted)}/{len(weighted)}"
+
+
+def openvino_models(fp32: Path, ours: bytes, batches: list[np.ndarray]) -> dict[str, tuple[Any, str]]:
+    """Model and precision: fxq's file, OpenVINO's own int8 (NNCF, default preset) and bf16 of the float file."""
+    import nncf
     import openvino as ov
 
     core = ov.Core()
-    model = core.read_model(str(path) if isinstance(path, Path) else path)
-    config = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": precision}
-    request = core.compile_model(model, "CPU", config).create_infer_request()
-    return lambda: request.infer([x])
+    own = nncf.quantize(core.read_model(str(fp32)), nncf.Dataset(batches), subset_size=len(batches))
+    return {"ov fxq": (core.read_model(ours), "f32"), "ov int8": (own, "f32"), "ov bf16": (core.read_model(str(fp32)), "bf16")}
 
 
 def measure(name: str, a: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -93,19 +110,21 @@ def measure(name: str, a: argparse.Namespace, folder: Path) -> dict[str, Any]:
     ours = fxq.compile(net, calibration=data).lower().data
     files = {"fp32": fp32.read_bytes(), "static": static.read_bytes(), "fxq": ours}
     row: dict[str, Any] = {"static graph": common.coverage(common.runtime_ops(files["static"])), "fxq graph": common.coverage(common.runtime_ops(ours))}
+    others = openvino_models(fp32, ours, [b.numpy() for b in data]) if a.openvino else {}
     for threads in a.threads:
         for batch in a.batches:
             x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(9)).numpy()
             sessions = {k: common.session(v, threads) for k, v in files.items()}
             runs: dict[str, Callable[[], Any]] = {k: (lambda s=s, x=x: s.run(None, {s.get_inputs()[0].name: x})) for k, s in sessions.items()}
-            if a.openvino:
-                runs["ov fxq"] = openvino_run(ours, x, threads, "f32")
-                runs["ov bf16"] = openvino_run(fp32, x, threads, "bf16")
+            for key, (model, precision) in others.items():
+                runs[key], graph = openvino_run(model, x, threads, precision)
+                if key != "ov bf16":
+                    row[f"{key} int8"] = openvino_int8(graph)
             t = common.interleaved(runs, a.rounds)
             tag = f"t{threads} b{batch}"
             row[tag] = " / ".join([f"{t['fp32'] / t['static']:.2f}", f"{t['fp32'] / t['fxq']:.2f}", f"{t['static'] / t['fxq']:.3f}"])
             if a.openvino:
-                row[f"{tag} OpenVINO"] = f"{t['fp32'] / t['ov fxq']:.2f} / {t['fp32'] / t['ov bf16']:.2f}"
+                row[f"{tag} OpenVINO"] = " / ".join(f"{t['fp32'] / t[k]:.2f}" for k in others)
     return row
 
 
@@ -132,7 +151,9 @@ def main() -> None:
             table.put(name, measure(name, a, Path(folder)) | {"s": round(time.perf_counter() - start)})
         gc.collect()
     summary = [
-        "columns t<threads> b<batch>: fp32/static, fp32/fxq, static/fxq; OpenVINO: fp32 ORT over OpenVINO on fxq's file, over OpenVINO bf16 on the fp32 file"
+        "columns t<threads> b<batch>: fp32/static, fp32/fxq, static/fxq, all in ONNX Runtime",
+        "OpenVINO columns: ONNX Runtime's fp32 time over that of OpenVINO on fxq's file / on its own int8 (NNCF, default preset) / on the float file in bf16",
+        "ov ... int8: convolutions and matrix products that OpenVINO executes in integers, of all",
     ]
     for tag in dict.fromkeys(c for r in table.rows.values() for c in r if c.startswith("t") and c.count(" ") == 1):
         ratios = [float(r[tag].split(" / ")[2]) for r in table.rows.values() if tag in r]
