@@ -1,5 +1,6 @@
 """The documentation is true: its code runs, its tables are the code's, its links lead somewhere."""
 
+import ast
 import re
 import shlex
 import tomllib
@@ -88,13 +89,22 @@ def test_messages_of_bad_input_stand_in_the_code() -> None:
     assert [p for p in parts if p not in source] == []
 
 
+def street() -> tuple[tuple[str, ...], ...]:
+    """The rows that ``test_imports.py`` holds the imports to."""
+    tree = ast.parse((ROOT / "tests/test_imports.py").read_text())
+    (value,) = (n.value for n in tree.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name) and n.target.id == "STREET")
+    assert value is not None
+    rows: tuple[tuple[str, ...], ...] = ast.literal_eval(value)
+    return rows
+
+
 def test_architecture_names_every_file() -> None:
     text = (ROOT / "docs/architecture.md").read_text()
     named = {n for r in rows("docs/architecture.md", "files") for n in re.findall(r"[\w/]+", r[0])}
     there = {str(p.relative_to(ROOT / "fxq").with_suffix("")) for p in (ROOT / "fxq").rglob("*.py") if p.name != "__init__.py"}
     assert named == there
-    drawn = set(re.findall(r"\w+", text.split("```\ncli\n")[1].split("```")[0])) | {"cli"}
-    assert drawn == {n.split("/")[0] for n in there}
+    drawn = [row.replace("/", "").split() for row in ("cli\n" + text.split("```\ncli\n")[1].split("```")[0]).splitlines()]
+    assert [set(row) for row in reversed(drawn)] == [set(row) for row in street()]
 
 
 def test_dependencies_are_those_of_the_package() -> None:
