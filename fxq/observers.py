@@ -23,7 +23,6 @@ from fxq.spec import QuantSpec
 
 SAMPLE = 1 << 17
 BINS = 2048
-_BLOCK = 1 << 16
 _FLOAT32_SAFE = 1e37
 
 
@@ -350,7 +349,7 @@ def entropy_clip(hist: Tensor, levels: int) -> int:
     return int(i[divergence <= best + 1e-12].max())
 
 
-_CLASSES: dict[str, type[Observer]] = {"minmax": MinMax, "ema": MovingAverage, "percentile": Percentile, "mse": MSE, "entropy": Entropy}
+CLASSES: dict[str, type[Observer]] = {"minmax": MinMax, "ema": MovingAverage, "percentile": Percentile, "mse": MSE, "entropy": Entropy}
 
 
 def make(name: str, spec: QuantSpec) -> Observer:
@@ -359,61 +358,6 @@ def make(name: str, spec: QuantSpec) -> Observer:
     Raises:
         SchemeError: for an unknown name or a per-channel grid.
     """
-    if name not in _CLASSES:
-        raise SchemeError(f"unknown observer {name!r}", way_out=nearest(name, _CLASSES))
-    return _CLASSES[name](spec)
-
-
-def weight_range(w: Tensor, spec: QuantSpec, observer: str = "minmax") -> tuple[Tensor, Tensor]:
-    """Range of a weight, from its current values.
-
-    ``minmax`` and ``ema`` take the extremes; ``mse`` searches each channel's best clip (i/100 of its extremes, all channels at once);
-    ``percentile`` and ``entropy`` run over each channel alone and count every value.
-
-    Args:
-        w: float weight of any shape, finite.
-        spec: its grid; ``spec.axis`` is the channel axis.
-        observer: name.
-
-    Returns:
-        ``(lo, hi)``, float32, rank 0 or ``[C]``.
-
-    Raises:
-        SchemeError: for an unknown observer.
-    """
-    w = w.detach().to(torch.float32)
-    rows = w.reshape(1, -1) if spec.axis is None else w.movedim(spec.axis, 0).flatten(1)
-    lo, hi = torch.aminmax(rows, dim=1)
-    if observer == "mse":
-        lo, hi = _best_clip(rows, lo.clamp(max=0.0), hi.clamp(min=0.0), spec)
-    elif observer in ("percentile", "entropy"):
-        ranges = [_one_channel(row, spec, observer) for row in rows]
-        lo, hi = torch.stack([r[0] for r in ranges]), torch.stack([r[1] for r in ranges])
-    elif observer not in _CLASSES:
-        raise SchemeError(f"unknown observer {observer!r}", way_out=nearest(observer, _CLASSES))
-    return (lo[0], hi[0]) if spec.axis is None else (lo, hi)
-
-
-def _one_channel(row: Tensor, spec: QuantSpec, observer: str) -> tuple[Tensor, Tensor]:
-    kind = Percentile if observer == "percentile" else Entropy
-    one = kind(spec.per_tensor(), bins=BINS if observer == "percentile" else 512, sample=None).to(row.device)
-    one.observe(row)
-    return one.range()
-
-
-def _best_clip(rows: Tensor, lo: Tensor, hi: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Clip with the least squared rounding error for each row of ``[C, K]``, in blocks that stay in the cache."""
-    steps = torch.arange(100, 0, -1, device=rows.device) / 100
-    qps = [numerics.choose_qparams(lo * s, hi * s, replace(spec, axis=0)) for s in steps]
-    scale, zero = torch.stack([q.scale for q in qps]), torch.stack([q.zero_point for q in qps]).to(torch.float32)
-    errors = rows.new_zeros(len(qps), len(rows))
-    columns = min(rows.shape[1], _BLOCK)
-    block = max(1, _BLOCK // columns)
-    for c in range(0, len(rows), block):
-        for k in range(0, rows.shape[1], columns):
-            x = rows[c : c + block, k : k + columns].contiguous()
-            for i in range(len(qps)):
-                y = numerics.rounded(x, scale[i, c : c + block, None], zero[i, c : c + block, None], spec)
-                errors[i, c : c + block] += y.sub_(x).square_().sum(1)
-    best = steps[errors.argmin(0)]
-    return lo * best, hi * best
+    if name not in CLASSES:
+        raise SchemeError(f"unknown observer {name!r}", way_out=nearest(name, CLASSES))
+    return CLASSES[name](spec)

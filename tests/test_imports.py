@@ -12,7 +12,7 @@ STREET: tuple[tuple[str, ...], ...] = (
     ("spec",),
     ("numerics", "schemes", "convolutions"),
     ("modules", "observers", "targets"),
-    ("graph", "lowering", "tracers", "calibration"),
+    ("graph", "lowering", "tracers", "calibration", "weight_ranges"),
     ("shapes", "snapshot", "folding", "kernels", "layerwise", "routing", "concrete", "exported", "parts"),
     ("verify", "canonical", "trace"),
     ("pipeline", "canonical_math", "canonical_chains", "canonical_index", "canonical_reduce", "canonical_shape", "constants", "inline"),

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from fxq import numerics, observers
+from fxq import numerics, observers, weight_ranges
 from fxq.errors import CalibrationError, SchemeError
-from fxq.observers import MSE, Entropy, Histogram, MinMax, MovingAverage, Percentile, entropy_clip, make, stride, weight_range
+from fxq.observers import MSE, Entropy, Histogram, MinMax, MovingAverage, Percentile, entropy_clip, make, stride
 from fxq.spec import QuantSpec
+from fxq.weight_ranges import weight_range
 
 U8, S8, S2N = QuantSpec.parse("u8/pt"), QuantSpec.parse("s8/pt"), QuantSpec.parse("s2n/pt")
 NAMES = ["minmax", "ema", "percentile", "mse", "entropy"]
@@ -277,7 +278,7 @@ def test_weight_range_per_tensor_and_along_both_axes() -> None:
 
 @pytest.mark.parametrize("text", ["s4n/pc0", "s8a/pc1", "s4n/pt"])
 def test_mse_weight_range_is_the_best_of_all_clips(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(observers, "_BLOCK", 50)
+    monkeypatch.setattr(weight_ranges, "_BLOCK", 50)
     spec = QuantSpec.parse(text)
     w = torch.randn(7, 5, 3, 3, generator=torch.Generator().manual_seed(8)) ** 3
 

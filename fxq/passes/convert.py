@@ -9,12 +9,13 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fxq import numerics, observers
+from fxq import numerics
 from fxq.errors import CalibrationError
 from fxq.graph import Grid, add_module, copy_shape, data_inputs, erase, grids, kind, module_of, swap_module
 from fxq.modules import WEIGHTED, FakeQuantize, Quantized
 from fxq.pipeline import Pass, PassContext
 from fxq.spec import QParams, QuantSpec
+from fxq.weight_ranges import weight_range
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,6 @@ def weight_qparams(op: nn.Module, spec: QuantSpec, observer: str, where: str) ->
     assert isinstance(weight, torch.Tensor)
     if not bool(torch.isfinite(weight).all()):
         raise CalibrationError("the weight holds NaN or infinity", where=where, way_out="Load finite weights, or leave the layer out with skip=")
-    lo, hi = observers.weight_range(weight.detach(), spec, observer)
+    lo, hi = weight_range(weight.detach(), spec, observer)
     return numerics.choose_qparams(lo, hi, spec)
 
