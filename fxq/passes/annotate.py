@@ -180,9 +180,16 @@ class _Plan:
             return "an input is a float stream: quantizing it costs accuracy and saves nothing"
         if k == "split":
             return None if any(self._wanted(part) for part in node.users) else "no integer operation reads it"
-        if self._wanted(node) or (rule is not None and rule.shrinks):
+        if self._wanted(node) or (rule is not None and rule.shrinks) or (k == "reshape" and self._ends(node)):
             return None
         return "no integer operation reads it"
+
+    def _ends(self, node: Node) -> bool:
+        """Does it reshape the last integer result? Then the runtime moves the dequantization behind it."""
+        if any(self.kinds[u] != "output" for u in node.users):
+            return False
+        rule = self.target.ops.get(self.kinds[data_inputs(node)[0]])
+        return rule is not None and (rule.shrinks or rule.output == "must") and self.free[data_inputs(node)[0]]
 
     def _give_grid(self, node: Node, spec: QuantSpec) -> None:
         k = self.kinds[node]
