@@ -17,6 +17,7 @@ from fxq import admission, graph, schemes, targets
 from fxq.calibration import Batches
 from fxq.errors import CalibrationError, FxqError, LoweringError, SchemeError, TargetError, TraceError, nearest
 from fxq.exported import program_module
+from fxq.heap import young
 from fxq.lowering import Artifact, Lowering
 from fxq.passes.annotate import Annotate
 from fxq.passes.calibrate import Calibrate
@@ -154,6 +155,7 @@ class CompiledModel(nn.Module):
             if n.meta.get("float_why") and n.op not in ("output", "placeholder", "get_attr")
         ]
 
+    @young()
     def lower(self, backend_name: str = "onnx-qdq", target: str | Target | None = None) -> Artifact:
         """Translate into a file's bytes; ``.save(path)`` writes them whole or not at all.
 
@@ -193,6 +195,7 @@ class CompiledModel(nn.Module):
         return verify(gm, artifact, Batches(data, gm, limit=limit, what="data to verify with"))
 
 
+@young()
 def compile(
     model: nn.Module | torch.export.ExportedProgram,
     scheme: str | Scheme = "iao_w8a8",
