@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -59,13 +59,7 @@ def constant(value: float, qp: QParams, rank: int) -> Codes:
 
 def as_unsigned(x: Codes) -> Codes:
     """Signed codes shifted to unsigned ones: the runtime rewrites s8 to u8 before it fuses (same reals, other roundings)."""
-    return Codes((x.codes.to(torch.int32) - x.qp.spec.qmin).to(torch.uint8), unsigned_grid(x.qp))
-
-
-def unsigned_grid(qp: QParams) -> QParams:
-    """The u8 grid with the same reals."""
-    spec = replace(qp.spec, signed=False, narrow=False, symmetric=False)
-    return QParams(spec, qp.scale, qp.zero_point - qp.spec.qmin)
+    return Codes((x.codes.to(torch.int32) - x.qp.spec.qmin).to(torch.uint8), numerics.unsigned(x.qp))
 
 
 # ---------------------------------------------------------------- conv, linear, matmul
@@ -192,7 +186,7 @@ def add(module: nn.Module, xs: Sequence[Codes], qp: QParams) -> Tensor:
     """QLinearAdd: ``rne(fma(r_a, a, fma(r_b, b, z_c - fma(r_a, z_a, r_b*z_b))))`` with ``r = s / s_c``; a scalar operand comes last."""
     a, b = xs
     if qp.spec.qmin < 0:
-        shifted = add(module, [as_unsigned(a), as_unsigned(b)], unsigned_grid(qp))
+        shifted = add(module, [as_unsigned(a), as_unsigned(b)], numerics.unsigned(qp))
         return (shifted.to(torch.int32) + qp.spec.qmin).to(qp.spec.dtype)
     if first_is_scalar(a.codes.shape, b.codes.shape):
         a, b = b, a

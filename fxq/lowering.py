@@ -95,7 +95,6 @@ class Lowering(ABC):
         Raises:
             LoweringError: with all findings, when ``check`` found any.
         """
-        target = target.for_scheme(scheme)
         issues = self.check(gm, scheme, target)
         if issues:
             more = f" (and {len(issues) - 1} more)" if len(issues) > 1 else ""

@@ -6,6 +6,7 @@ Bengio et al. 2013 (arXiv 1308.3432).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,12 @@ def choose_qparams(lo: Tensor, hi: Tensor, spec: QuantSpec) -> QParams:
     else:
         zero = torch.round(spec.qmin - lo / scale).clamp(spec.qmin, spec.qmax).to(torch.int32)
     return QParams(spec, scale, zero)
+
+
+def unsigned(qp: QParams) -> QParams:
+    """The unsigned grid of as many bits with the same reals: codes and zero point moved up by ``-qmin``."""
+    spec = replace(qp.spec, signed=False, narrow=False, symmetric=False)
+    return QParams(spec, qp.scale, qp.zero_point - qp.spec.qmin)
 
 
 def along(v: Tensor, axis: int | None, ndim: int) -> Tensor:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from fxq.errors import SchemeError, TargetError, nearest
 from fxq.schemes import Scheme
 from fxq.spec import QuantSpec
-
-INT4_OPSET = 21
-"""ONNX has 4-bit tensors from this opset on."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class Target:
         forms: integer-friendly rewrites that ``legalize`` applies, by name.
         share: kinds whose inputs and output take one grid.
         opset, ir_version: of the ONNX file.
-        signed_opset: the newest opset for signed activations.
+        unsigned_codes: activations on signed grids are stored as unsigned codes (``s8`` as ``u8`` with the zero point 128: the same reals).
     """
 
     name: str
@@ -61,12 +58,7 @@ class Target:
     share: tuple[str, ...] = ()
     opset: int = 21
     ir_version: int = 10
-    signed_opset: int | None = None
-
-    def for_scheme(self, scheme: Scheme) -> Target:
-        """The target with the opset that files of this scheme take."""
-        signed = scheme.activation is not None and scheme.activation.signed
-        return replace(self, opset=min(self.opset, self.signed_opset)) if signed and self.signed_opset is not None else self
+    unsigned_codes: bool = False
 
     def require(self, scheme: Scheme) -> None:
         """Refuse a scheme whose grids this runtime does not take.
@@ -80,11 +72,6 @@ class Target:
                     f"target {self.name!r} does not take {role} grids of {spec} (scheme {scheme.name!r})",
                     way_out="It takes " + ", ".join(legal),
                 )
-        if scheme.weight is not None and scheme.weight.bits < 8 and self.for_scheme(scheme).opset < INT4_OPSET:
-            raise SchemeError(
-                f"target {self.name!r} does not take weights of {scheme.weight} with activations of {scheme.activation} (scheme {scheme.name!r})",
-                way_out="Use u8/pt activations",
-            )
 
 
 def _plain(spec: QuantSpec) -> QuantSpec:
@@ -115,9 +102,9 @@ _ORT = Target(
     weights=("s8n/pt", "s8/pt", "s8a/pt", "s4n/pt", "s4/pt"),
     forms=("tidy", "constants", "batch-norm", "hardswish", "silu", "avg-pool", "merge-pad", "relu-first", "resize-point", "prelu", "shuffle"),
     share=("cat",),
-    # From opset 21 on the optimizer marks the QuantizeLinear nodes that it moves across a reshape or transpose as int8 (output_dtype), then
-    # turns their zero point into uint8, and refuses its own graph (1.31).
-    signed_opset=20,
+    # Signed codes become unsigned inside the runtime, but only where one node reads them: the rest would stay float. And from opset 21 on it
+    # refuses its own optimized graph where a signed QuantizeLinear was moved across a reshape or transpose (1.31).
+    unsigned_codes=True,
 )
 _TABLE: dict[str, Target] = {_ORT.name: _ORT}
 

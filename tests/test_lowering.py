@@ -51,13 +51,6 @@ def test_findings_stop_it_and_all_of_them_are_told(faults: int, text: str) -> No
     assert [str(i) for i in info.value.issues] == [f"node{i}: fact {i}. Way out" for i in range(faults)]
 
 
-@pytest.mark.parametrize(("scheme", "opset"), [("iao_w8a8", 21), ("iao_w8a8_sym", 20), ("iao_w4a8", 21), ("float", 21)])
-def test_the_opset_follows_the_scheme(scheme: str, opset: int) -> None:
-    backend = Counting()
-    backend.lower(graph(), schemes.get(scheme), targets.get("onnxruntime"))
-    assert backend.calls == [("check", opset), ("emit", opset)]
-
-
 def test_save_writes_whole_files_with_ordinary_permissions(tmp_path: Path) -> None:
     path = Artifact("b", b"abc").save(tmp_path / "m.onnx")
     assert path.read_bytes() == b"abc" and os.listdir(tmp_path) == ["m.onnx"]

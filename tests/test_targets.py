@@ -5,10 +5,9 @@ from dataclasses import replace
 import pytest
 
 from fxq import schemes, targets
-from fxq.errors import SchemeError, TargetError
+from fxq.errors import TargetError
 from fxq.modules import KINDS
 from fxq.spec import QuantSpec
-from fxq.targets import Target
 
 
 def test_names() -> None:
@@ -40,14 +39,3 @@ def test_tables_are_consistent(name: str) -> None:
 @pytest.mark.parametrize("scheme", schemes.names())
 def test_every_builtin_scheme_runs_on_onnx_runtime(scheme: str) -> None:
     targets.get("onnxruntime").require(schemes.get(scheme))
-
-
-def test_the_opset_of_signed_activations() -> None:
-    t = targets.get("onnxruntime")
-    assert t.for_scheme(schemes.get("iao_w8a8")) is t and t.for_scheme(schemes.get("float")) is t
-    assert t.for_scheme(schemes.get("iao_w8a8_sym")) == replace(t, opset=20)
-    four = replace(schemes.get("iao_w8a8_sym"), name="iao_w4a8_sym", weight=QuantSpec.parse("s4n/pc0"))
-    with pytest.raises(SchemeError, match=r"does not take weights of s4n/pc0 with activations of s8/pt \(scheme 'iao_w4a8_sym'\). Use u8/pt activations"):
-        t.require(four)
-    assert replace(t, opset=19).for_scheme(schemes.get("iao_w8a8_sym")).opset == 19
-    assert Target("none", "takes nothing").for_scheme(schemes.get("iao_w8a8_sym")).opset == 21

@@ -84,7 +84,10 @@ class Calibrate(Pass):
         watch = {node: made[name] for name, nodes in members.items() for node in nodes if not _moves(gm, node, ctx.target)}
         self._observe(gm, ctx, watch)
         for name, observer in made.items():
-            table[name] = replace(table[name], qparams=_qparams(name, table[name], observer))
+            qp = _qparams(name, table[name], observer)
+            if ctx.target.unsigned_codes and qp.spec.signed:
+                qp = numerics.unsigned(qp)
+            table[name] = replace(table[name], spec=qp.spec, qparams=qp)
         return len(made)
 
     def _observer(self, grid: Grid, ctx: PassContext) -> Observer:
