@@ -21,7 +21,7 @@ from torch import nn
 from fxq.errors import TraceError
 from fxq.trace import RUNGS, capture
 
-NATIVE = {"vit_": 224, "swin": 64, "maxvit": 224, "inception": 96, "mvit": 224, "swin3d": 64}
+NATIVE = {"vit_": 224, "s3d": 224, "quantized_inception": 96, "swin": 64, "maxvit": 224, "inception": 96, "mvit": 224, "swin3d": 64}
 TIMM = {
     "levit_128s": 224, "efficientformer_l1": 224, "mobilevit_xxs": 64, "tf_efficientnet_b0": 64, "maxvit_nano_rw_256": 256, "regnety_002": 64,
     "convnext_atto": 64, "swin_tiny_patch4_window7_224": 224, "deit_tiny_patch16_224": 224, "mixer_s32_224": 224, "resmlp_12_224": 224,
