@@ -6,6 +6,7 @@ import copy
 import os
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from fxq.passes.propagate_shapes import PropagateShapes
 from fxq.passes.round_weights import RoundWeights
 from fxq.passes.share_qparams import ShareQParams
 from fxq.pipeline import Pass, PassContext, Pipeline, Progress, no_progress
+from fxq.progress import ProgressBar
 from fxq.schemes import Scheme
 from fxq.snapshot import History, Skip, take
 from fxq.targets import Target
@@ -207,7 +209,7 @@ def compile(
     observer: str | None = None,
     leaf_modules: Sequence[type[nn.Module]] = (),
     batches: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool = True,
 ) -> CompiledModel:
     """Capture ``model`` (a copy), rewrite it for ``target`` and quantize it post-training.
 
@@ -221,7 +223,7 @@ def compile(
         observer: overrides the scheme's activation observer.
         leaf_modules: module types that capture keeps whole.
         batches: read at most so many calibration batches.
-        progress: callback ``(what, done, total)``.
+        progress: a bar on a terminal or in a notebook; False for none; or a callback ``(what, done, total)`` instead.
 
     Raises:
         TraceError, SchemeError, TargetError, CalibrationError, PassError: with node, fact and way out.
@@ -245,22 +247,27 @@ def compile(
         raise CalibrationError("the shapes are not known", way_out="Pass example= with one batch of inputs, or calibration=")
     data = Batches(calibration if calibration is not None else [example], net, limit=batches)
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
-    report = progress or no_progress
+    with nullcontext(progress) if callable(progress) else ProgressBar() if progress else nullcontext(no_progress) as report:
+        return _compile(net, data, PassContext(sch, tgt, (), data, skip, report), observer, tuple(leaf_modules))
+
+
+def _compile(net: nn.Module, data: Batches, ctx: PassContext, observer: str | None, leaves: tuple[type[nn.Module], ...]) -> CompiledModel:
+    """Capture, then the passes."""
     start = time.perf_counter()
     few = tuple(x[:2] if isinstance(x, torch.Tensor) and x.ndim else x for x in data.example)
     try:
-        captured = capture(net, few, leaf_modules=tuple(leaf_modules))
+        captured = capture(net, few, leaf_modules=leaves)
     except TraceError as e:
         admission.require_runs(net, few, data.example, e)
         raise
     ms = (time.perf_counter() - start) * 1e3
     notes = tuple(captured.specialised)
     if captured.gm is None:
-        return _compile_parts(captured, sch, tgt, data, skip, observer, report, ms)
+        return _compile_parts(captured, ctx.scheme, ctx.target, data, ctx.float_nodes, observer, ctx.progress, ms)
     history = History([take(captured.gm, "trace", ms=ms, skips=tuple(Skip("capture", f"specialised: {n}") for n in notes))])
-    ctx = PassContext(sch, tgt, few, data, skip, report, probe=few if notes else resized(few, 1))
-    pipeline_for(sch, observer).run(captured.gm, ctx, history)
-    return CompiledModel(captured.gm, captured, history, sch, tgt)
+    ctx.example, ctx.probe = few, few if notes else resized(few, 1)
+    pipeline_for(ctx.scheme, observer).run(captured.gm, ctx, history)
+    return CompiledModel(captured.gm, captured, history, ctx.scheme, ctx.target)
 
 
 def _compile_parts(

@@ -7,10 +7,12 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fxq.errors import ArtifactError, FxqError, InputError
+from fxq.progress import ProgressBar
 
 if TYPE_CHECKING:
     from fxq.api import CompiledModel
@@ -86,7 +88,7 @@ def run(a: argparse.Namespace) -> int:
     example = sources.example_from(a.input) or None
     shape = tuple(example[0].shape) if example else None
     data = list(sources.calibration_from(Path(a.calibration), a.source, shape, a.batch_size)) if a.calibration else None
-    with _progress(a.quiet) as progress:
+    with nullcontext(False) if a.quiet else ProgressBar(lines=True) as progress:
         m = api.compile(
             model, a.scheme, calibration=data, example=example, target=a.target, skip=tuple(a.skip), observer=a.observer,
             batches=a.calibration_batches, progress=progress,
@@ -154,37 +156,6 @@ def listing(what: str) -> list[str]:
         return [f"{n:<18} {text}" for n, text in api.BACKENDS.items()]
     passes = api.pipeline_for(schemes.get("iao_w8a8")).passes
     return [f"{p.name:<18} {(type(p).__doc__ or '').strip().splitlines()[0]}" for p in passes]
-
-
-class _progress:
-    """A rich progress bar on a terminal, a plain line per step in a pipe, nothing when quiet; both on stderr."""
-
-    def __init__(self, quiet: bool) -> None:
-        self.quiet, self.last = quiet, ""
-        self.bar: Any = None
-        self.task: Any = None
-
-    def __enter__(self) -> Any:
-        if not self.quiet and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import Progress
-
-            self.bar = Progress(console=Console(stderr=True), transient=True)
-            self.bar.start()
-            self.task = self.bar.add_task("compile", total=None)
-        return self.step
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def step(self, what: str, done: int, total: int | None) -> None:
-        """One call of the compiler's progress callback."""
-        if self.bar is not None:
-            self.bar.update(self.task, description=what, completed=done, total=total)
-        elif not self.quiet and what != self.last:
-            print(f"fxq: {what}", file=sys.stderr, flush=True)
-        self.last = what
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "fxq"
 
 STREET: tuple[tuple[str, ...], ...] = (
-    ("errors", "heap"),
+    ("errors", "heap", "progress"),
     ("spec",),
     ("numerics", "schemes", "convolutions"),
     ("modules", "observers", "targets"),
