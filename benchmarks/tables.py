@@ -1,0 +1,106 @@
+"""Writes the tables of README.md and docs/schemes.md from benchmarks/results/*.json.
+
+Run: python benchmarks/tables.py     (between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+SHOWN = (
+    "resnet18 resnet50 mobilenet_v2 mobilenet_v3_small efficientnet_b0 densenet121 googlenet squeezenet1_1 shufflenet_v2_x1_0 regnet_y_400mf "
+    "vgg11_bn inception_v3 deeplabv3_mobilenet_v3_large convnext_tiny vit_b_16 swin_t"
+).split()
+Rows = dict[str, dict[str, Any]]
+
+
+def load(name: str) -> tuple[Rows, str]:
+    """Rows of a result file, and when and by which command they were made."""
+    found = json.loads((RESULTS / f"{name}.json").read_text())
+    return found["rows"], f"[`{name}.md`](benchmarks/results/{name}.md), {found['environment']['date']}"
+
+
+def table(head: list[str], rows: list[list[Any]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(map(str, r)) + " |" for r in rows)])
+
+
+def mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def coverage() -> str:
+    rows, source = load("coverage")
+    done = {
+        "compiled": sum(r.get("compiled") == "yes" for r in rows.values()),
+        "lowered": sum(r.get("lowered") == "yes" for r in rows.values()),
+        "run": sum("proof" in r for r in rows.values()),
+        "equal": sum(str(r.get("int8 elements differ", "1/")).startswith("0/") for r in rows.values()),
+    }
+    text = (
+        f"Coverage ({source}): of {len(rows)} torchvision builders with random weights {done['compiled']} are captured and compiled, "
+        f"{done['lowered']} lowered, {done['run']} run by ONNX Runtime, {done['equal']} of them with 0 integer elements different from the "
+        f"reference. What ONNX Runtime's optimizer leaves (int8/float):"
+    )
+    cells = []
+    for name in SHOWN:
+        conv, gemm, left = rows[name]["int8/float conv, gemm, Q+DQ"].split(", ")
+        cells.append([name, conv, gemm, left, rows[name]["int8 elements differ"].replace("/", " of ")])
+    return text + "\n\n" + table(["net", "conv", "gemm and matmul", "Q + DQ left", "integer elements that differ"], cells)
+
+
+def accuracy() -> str:
+    rows, source = load("accuracy")
+    cells = [[*k.split(" "), *(r[c] for c in ("float", "simulator", "reference", "ONNX Runtime")), r["quantize_static (w8a8)"] or "-"] for k, r in rows.items()]
+    return f"Accuracy, top-1 ({source}):\n\n" + table(["net", "scheme", "float", "simulator", "reference", "ONNX Runtime", "quantize_static"], cells)
+
+
+def speed() -> str:
+    rows, source = load("speed")
+    tags = list(dict.fromkeys(c for r in rows.values() for c in r if re.fullmatch(r"t\d+ b\d+", c)))
+    ratio = {t: [float(r[t].split(" / ")[2]) for r in rows.values() if t in r] for t in tags}
+    cells = [[name, *(r.get(t, "-") for t in tags)] for name, r in rows.items()]
+    last = ["**geometric mean of the third**", *(f"{mean(ratio[t]):.3f}, least {min(ratio[t]):.3f}" for t in tags)]
+    text = (
+        f"Speed in ONNX Runtime ({source}): fp32 over quantize_static / fp32 over fxq / quantize_static over fxq, "
+        f"by threads (t) and batch (b), one interleaved run:"
+    )
+    return text + "\n\n" + table(["net", *tags], [*cells, last])
+
+
+def compile_time() -> str:
+    rows, source = load("compile")
+    columns = ["fxq s", "quantize_static s", "float passes s", "fxq / static", "fxq / float", "fxq peak MB", "static peak MB"]
+    last = ["**geometric mean**", "", "", "", *(f"{mean([r[c] for r in rows.values()]):.2f}" for c in columns[3:5]), "", ""]
+    cells = [[k, *(r[c] for c in columns)] for k, r in rows.items()]
+    return f"Compile time, trace to saved file, 64 images ({source}):\n\n" + table(["net", *columns], [*cells, last])
+
+
+def observers() -> str:
+    rows, source = load("observers")
+    columns = list(next(iter(rows.values())))
+    cells = [[k, *(r[c] for c in columns)] for k, r in rows.items()]
+    return f"Top-1 minus float, and calibration time over plain float passes ({source}):\n\n" + table(["net", *columns], cells)
+
+
+TABLES: dict[str, Callable[[], str]] = {"coverage": coverage, "accuracy": accuracy, "speed": speed, "compile": compile_time, "observers": observers}
+
+
+def main() -> None:
+    for page in (ROOT / "README.md", ROOT / "docs" / "schemes.md"):
+        text = page.read_text()
+        for name in re.findall(r"<!-- bench:(\w+) -->", text):
+            made = TABLES[name]().replace("](benchmarks/", "](../benchmarks/" if page.parent.name == "docs" else "](benchmarks/")
+            text = re.sub(rf"<!-- bench:{name} -->.*?<!-- /bench:{name} -->", f"<!-- bench:{name} -->\n{made}\n<!-- /bench:{name} -->", text, flags=re.S)
+        page.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
