@@ -73,7 +73,8 @@ def small_images(net: Any) -> nn.Module:
     """A detector enlarges its images to 800 pixels, and with random weights keeps a thousand boxes of noise: 256 and 20 run every head too."""
     if hasattr(net, "transform") and not net.transform.fixed_size:
         net.transform.min_size = (256,)
-    if hasattr(net, "rpn"):
+    if hasattr(net, "roi_heads"):
+        net.roi_heads.score_thresh = 0.0
         net.rpn._post_nms_top_n = dict.fromkeys(("training", "testing"), 20)
     return net  # type: ignore[no-any-return]
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves
 
 from fxq import admission, graph, schemes, targets
 from fxq.calibration import Batches
@@ -292,7 +293,9 @@ def _compile_parts(
         try:
             pipeline_for(sch, observer).run(gm, ctx, history)
         except FxqError as e:
-            raise type(e)(e.fact, where=f"{path} / {e.where}" if e.where else path, way_out=e.way_out) from e
+            reached = any(x.numel() for x in tree_leaves(seen.get(path, [])) if isinstance(x, torch.Tensor))
+            way_out = e.way_out if reached or not static else f"Give data on which the model uses this part, or keep it float with skip='{path}.*'"
+            raise type(e)(e.fact, where=f"{path} / {e.where}" if e.where else path, way_out=way_out) from e
         part = CompiledModel(gm, captured, history, sch, tgt)
         model.parts[path] = part
         model.history.snapshots += [replace(s, name=f"{path}/{s.name}") for s in history]

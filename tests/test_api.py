@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import fxq
-from fxq.errors import FxqError, LoweringError, TargetError
+from fxq.errors import CalibrationError, FxqError, LoweringError, TargetError
 
 
 def net() -> nn.Sequential:
@@ -220,6 +220,27 @@ def test_a_model_captured_in_parts() -> None:
     for call in (m.lower, lambda: m.verify(b"", data()), lambda: m.reference(data()), lambda: m.float_ops):
         with pytest.raises(LoweringError, match=r"captured in 1 parts and has no single graph. Use one part, m.parts\[path\]; the paths are backbone"):
             call()  # type: ignore[operator]
+
+
+class TwoStages(Detector):
+    """A second stage that sees only the samples whose first value is positive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(2, 3, 1)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        y = self.backbone(x)
+        return [self.head(y[x[:, 0, 0, 0] > 0])] if float(y.detach().sum()) != 1.25 else []
+
+
+def test_a_part_that_no_calibration_data_reaches() -> None:
+    torch.manual_seed(0)
+    model, never = TwoStages().eval(), -data().abs()
+    with pytest.raises(CalibrationError, match=r"head / .*no calibration data reached it. Give data on which the model uses this part, or keep it float with"):
+        fxq.compile(model, calibration=never)
+    m = fxq.compile(model, calibration=never, skip="head.*")
+    assert m.parts["head"].float_ops != [] and m(never)[0].shape[0] == 0
 
 
 def test_lowering_for_another_target() -> None:
