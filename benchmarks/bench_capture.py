@@ -71,22 +71,16 @@ def row(net: nn.Module, example: tuple[Any, ...]) -> dict[str, Any]:
         out["s"] = round(time.perf_counter() - start, 1)
         out["nodes"] = sum(len(gm.graph.nodes) for gm in nodes)
         out["parts"] = ", ".join(found.parts) or "-"
-        out["specialised"] = _short("; ".join(found.specialised)) or "-"
+        out["specialised"] = common.short("; ".join(found.specialised)) or "-"
         del found, nodes
     except TraceError as e:
-        out["ladder"] = "no: " + _short(str(e))
+        out["ladder"] = "no: " + common.short(str(e))
     try:
         alone = capture(net, example, rungs=("concrete",))
         out["concrete alone"] = "this batch only" if any(line.startswith("batch") for line in alone.specialised) else "equal, every batch"
     except TraceError as e:
-        out["concrete alone"] = "no: " + _short(f"{e.where}: {e.fact}" if e.where else e.fact)
+        out["concrete alone"] = "no: " + common.short(f"{e.where}: {e.fact}" if e.where else e.fact)
     return out
-
-
-def _short(text: str) -> str:
-    """Without the folders of this machine."""
-    words = [w if "/" not in w else w.rsplit("site-packages/", 1)[-1] for w in text.split(" ")]
-    return " ".join(words)[:200].replace("|", "\\|").replace("\n", " ")
 
 
 def main() -> None:

@@ -18,7 +18,6 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 import fxq
-from fxq.errors import FxqError
 
 FIXED = {"vit": 224, "swin": 224, "maxvit": 224, "inception": 128, "alexnet": 224, "vgg": 224}
 TIMM = [
@@ -98,7 +97,7 @@ def row(net: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
     try:
         m = fxq.compile(net, calibration=[inputs])
         out["captured"] = m.captured.rung
-        out["specialised"] = "; ".join(m.captured.specialised)[:60] or "-"
+        out["specialised"] = common.short("; ".join(m.captured.specialised)) or "-"
         out["compiled"] = "yes"
         out["parts"] = len(m.parts) or "-"
         whole = list(m.parts.values()) or [m]
@@ -117,7 +116,7 @@ def row(net: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
         out["tensors"] = f"{sum(p.nodes for p in proofs)}/{sum(p.planned for p in proofs)}"
         out["proof"] = "ok" if all(p.ok for p in proofs) else "no"
     except Exception as e:
-        out[stage if stage != "compile" else "compiled"] = f"{type(e).__name__}: {str(e).splitlines()[0][:90]}" if isinstance(e, FxqError) else repr(e)[:90]
+        out[stage if stage != "compile" else "compiled"] = common.short(f"{type(e).__name__}: {str(e).splitlines()[0]}")
     out["s"] = round(time.perf_counter() - start, 1)
     return out
 

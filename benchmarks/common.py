@@ -58,6 +58,8 @@ def torchvision_net(name: str, seed: int = 0) -> nn.Module:
 def session(model: bytes, threads: int = 1, level: str = "ORT_ENABLE_ALL", save: str | None = None) -> ort.InferenceSession:
     o = ort.SessionOptions()
     o.intra_op_num_threads, o.inter_op_num_threads, o.log_severity_level = threads, 1, 4
+    # Between runs the threads of one session must not spin on the cores that the next one measures.
+    o.add_session_config_entry("session.force_spinning_stop", "1")
     o.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
     if save is not None:
         o.optimized_model_filepath = save
@@ -107,6 +109,12 @@ def environment() -> dict[str, str]:
         "python": platform.python_version(), "cpu": f"{platform.machine()} {' '.join(isa)}",
         "command": "python " + " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
     }  # fmt: skip
+
+
+def short(text: str) -> str:
+    """For a cell: without the folders of this machine, on one line."""
+    words = [w if "/" not in w else w.rsplit("site-packages/", 1)[-1] for w in text.split(" ")]
+    return " ".join(words)[:200].replace("|", "\\|").replace("\n", " ")
 
 
 class Table:

@@ -97,6 +97,8 @@ def main() -> None:
     for page in (ROOT / "README.md", ROOT / "docs" / "schemes.md"):
         text = page.read_text()
         for name in re.findall(r"<!-- bench:(\w+) -->", text):
+            if not (RESULTS / f"{name}.json").exists():
+                continue
             made = TABLES[name]().replace("](benchmarks/", "](../benchmarks/" if page.parent.name == "docs" else "](benchmarks/")
             text = re.sub(rf"<!-- bench:{name} -->.*?<!-- /bench:{name} -->", f"<!-- bench:{name} -->\n{made}\n<!-- /bench:{name} -->", text, flags=re.S)
         page.write_text(text)
