@@ -65,7 +65,7 @@ class Observer(nn.Module):
             return
         x = _in_memory_order(x.detach().to(torch.float32))
         lo, hi = torch.aminmax(x)
-        if not (math.isfinite(float(lo)) and math.isfinite(float(hi))):
+        if not math.isfinite(float(hi) - float(lo)):
             raise CalibrationError("the value holds NaN or infinity", way_out="Look at the inputs and at the layer before it")
         self._take(x, lo, hi, part)
         self.has_data.fill_(True)
@@ -121,16 +121,18 @@ class MovingAverage(Observer):
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
     def _take(self, x: Tensor, lo: Tensor, hi: Tensor, part: bool) -> None:
+        low, high = float(lo), float(hi)
         if part and bool(self.has_data):
-            lo, hi = torch.minimum(lo, self.batch[0]), torch.maximum(hi, self.batch[1])
+            least, greatest = self.batch.tolist()
+            low, high = min(low, least), max(high, greatest)
         else:
-            self.before.copy_(torch.stack([self.lo, self.hi]))
+            self.before[0], self.before[1] = self.lo, self.hi
             self.batches += 1
-        self.batch.copy_(torch.stack([lo, hi]))
+        self.batch[0], self.batch[1] = low, high
         m = 1.0 if int(self.batches) == 1 else self.momentum
-        now = (1 - m) * self.before + m * self.batch
-        self.lo.copy_(now[0])
-        self.hi.copy_(now[1])
+        before, after = self.before.tolist()
+        self.lo.fill_((1 - m) * before + m * low)
+        self.hi.fill_((1 - m) * after + m * high)
 
     def _join(self, other: Observer) -> None:
         """Mean of both ranges, weighted by the number of batches."""

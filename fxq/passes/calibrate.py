@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -13,25 +14,37 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from fxq import numerics
 from fxq.errors import CalibrationError
-from fxq.graph import Grid, data_inputs, grids, kind, walk
+from fxq.graph import Grid, data_inputs, grids, kind, module_of, walk
+from fxq.modules import WEIGHTED
 from fxq.observers import Observer, make
 from fxq.pipeline import Pass, PassContext
 from fxq.targets import Target
 
+FRESH = (*WEIGHTED, "add", "sub", "mul", "batch_norm", "sigmoid", "hardsigmoid")
+"""Kinds whose output is a tensor of its own, no view."""
+
+IN_PLACE: dict[str, Callable[..., Any]] = {"relu": torch.relu_, "add": Tensor.add_, "mul": Tensor.mul_}
+
 
 class _Observe(Interpreter):
-    """Runs the graph, frees what is read for the last time, and shows each watched value to its observer."""
+    """Runs the graph, frees what is read for the last time, and shows each watched value to its observer.
+
+    An operation that alone reads a fresh tensor, which its observer has seen by then, overwrites it: new memory costs more than arithmetic.
+    """
 
     def __init__(self, gm: GraphModule, watch: dict[Node, Observer]) -> None:
         super().__init__(gm)
         self.extra_traceback = False
+        flat = [n for n in gm.graph.nodes if n.op == "call_module" and not n.kwargs and not any(isinstance(a, (list, tuple, dict)) for a in n.args)]
+        self.calls = {n: _in_place(gm, n) or module_of(gm, n) for n in flat}
         self.watch, self.batch = watch, 0
         first = {observer: node for node, observer in reversed(watch.items())}
         self.part = {node: first[observer] is not node for node, observer in watch.items()}
 
     def run_node(self, n: Node) -> Any:
         try:
-            out = super().run_node(n)
+            module = self.calls.get(n)
+            out = super().run_node(n) if module is None else module(*(self.env[a] if isinstance(a, Node) else a for a in n.args))
         except Exception as e:
             fact = (str(e) or type(e).__name__).splitlines()[0]
             way_out = "Check the batch's shape and type"
@@ -110,6 +123,18 @@ class Calibrate(Pass):
                     room = 0
                 runner.batch += 1
                 ctx.progress(self.name, runner.batch, total)
+
+
+def _in_place(gm: GraphModule, node: Node) -> Callable[..., Any] | None:
+    """The operation on the first of its inputs that it may overwrite."""
+    op = IN_PLACE.get(kind(gm, node))
+    if op is None or not all(isinstance(a, Node) for a in node.args):
+        return None
+    for i, a in enumerate(node.args):
+        assert isinstance(a, Node)
+        if len(a.users) == 1 and kind(gm, a) in FRESH and all(a.meta[key] == node.meta[key] for key in ("shape", "dynamic", "dtype")):
+            return op if i == 0 else lambda x, y: op(y, x)
+    return None
 
 
 def _channels_last(batch: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -13,10 +13,10 @@ from fxq import numerics, schemes
 from fxq.calibration import Batches
 from fxq.errors import CalibrationError
 from fxq.graph import grids
-from fxq.modules import Add, Cat, Clamp, GlobalAvgPool, Reshape, Split
+from fxq.modules import Add, Cat, Clamp, GlobalAvgPool, Mul, Reshape, Split
 from fxq.observers import Observer, make
 from fxq.passes.annotate import Annotate
-from fxq.passes.calibrate import Calibrate
+from fxq.passes.calibrate import Calibrate, _in_place
 from fxq.passes.share_qparams import ShareQParams
 from fxq.pipeline import PassContext
 from fxq.verify import INVARIANTS
@@ -265,3 +265,35 @@ EXPECTED = {
     "add": "u8/pt scale 0.0549199 zp 70",
     "mean": "u8/pt scale 0.0300703 zp 51",
 }
+
+
+class Reused(nn.Module):
+    """Values that may be overwritten beside values that are read again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)
+        self.one, self.two, self.gate, self.mul, self.add, self.end = nn.ReLU(), nn.ReLU(), nn.Sigmoid(), Mul(), Add(), Add()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        z = self.one(y)
+        w = self.add(z, self.b(z))
+        v = self.mul(w, self.gate(w))
+        return self.last(self.end(self.two(self.c(v)), y))
+
+
+def test_overwriting_changes_no_value_that_is_seen() -> None:
+    torch.manual_seed(0)
+    gm, ctx = annotated(Reused().eval(), batches())
+    overwritten = {n.name for n in gm.graph.nodes if n.op == "call_module" and _in_place(gm, n) is not None}
+    assert overwritten == {"add", "mul", "two"}
+    seen = values(gm, batches())
+    Calibrate(observer="minmax").run(gm, ctx)
+    for name, g in grids(gm).items():
+        if g.fixed is not None:
+            continue
+        lo, hi = (f(torch.stack([f(v) for v in seen[name]])) for f in (torch.min, torch.max))
+        if g.clamp is not None:
+            lo = torch.tensor(g.clamp[0])
+        assert g.qparams is not None and g.qparams.same_grid(numerics.choose_qparams(lo, hi, g.spec)), name
