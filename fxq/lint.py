@@ -17,6 +17,7 @@ from fxq.lint_clips import absorb_clips
 from fxq.lint_graph import BYTES, DQ, FLOATS, Net, Op, Q
 from fxq.lint_rules import KERNELS, ON_CODES, Blocked, fuse, fuse_dynamic, match
 from fxq.lint_steps import BEFORE, drop_dq_q, signed_to_unsigned
+from fxq.lowering import contents
 
 TARGETS = {"onnxruntime": "ONNX Runtime, CPU provider, all optimizations"}
 GONE = "gone"
@@ -114,11 +115,7 @@ def load(model: Source) -> onnx.ModelProto:
     """
     if isinstance(model, onnx.ModelProto):
         return model
-    where = "artifact" if isinstance(model, bytes) else os.fspath(model)
-    try:
-        data = model if isinstance(model, bytes) else Path(model).read_bytes()
-    except OSError as e:
-        raise ArtifactError(f"cannot be read: {e.strerror or e}", where=where) from e
+    data, where = contents(model)
     try:
         proto = onnx.load_from_string(data)
     except Exception as e:  # the decoder's own error type

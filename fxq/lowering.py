@@ -76,6 +76,25 @@ class Artifact:
         return target
 
 
+def contents(source: str | os.PathLike[str] | bytes | Artifact) -> tuple[bytes, str]:
+    """An artifact's bytes, and its name for errors.
+
+    Args:
+        source: path, bytes, or the artifact itself.
+
+    Raises:
+        ArtifactError: when the file cannot be read.
+    """
+    if isinstance(source, Artifact):
+        source = source.data
+    if isinstance(source, bytes):
+        return source, "artifact"
+    try:
+        return Path(source).read_bytes(), os.fspath(source)
+    except OSError as e:
+        raise ArtifactError(f"cannot be read: {e.strerror or e}", where=os.fspath(source), way_out="Check the path") from e
+
+
 class Lowering(ABC):
     """A backend. Subclasses set ``name`` and never change the graph."""
 

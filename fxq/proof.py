@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from fxq.exposed import Exposed
 from fxq.graph import input_names as graph_inputs
 from fxq.graph import kind, module_of
 from fxq.kernels import Codes
-from fxq.lowering import Artifact
+from fxq.lowering import Artifact, contents
 from fxq.snapshot import flat
 from fxq.spec import QParams
 from fxq.verdict import BOUND, FLIPS, Difference, OutputProof, Proof
@@ -46,15 +45,10 @@ def load(artifact: str | os.PathLike[str] | bytes | Artifact) -> onnx.ModelProto
     Raises:
         ArtifactError: when it cannot be read or is damaged.
     """
-    if isinstance(artifact, Artifact):
-        artifact = artifact.data
-    where = "artifact" if isinstance(artifact, bytes) else str(artifact)
+    data, where = contents(artifact)
     try:
-        data = artifact if isinstance(artifact, bytes) else Path(artifact).read_bytes()
         model = onnx.load_from_string(data)
         onnx.checker.check_model(model)
-    except OSError as e:
-        raise ArtifactError(f"cannot be read: {e.strerror or e}", where=where, way_out="Check the path") from e
     except Exception as e:
         raise ArtifactError(f"not a whole ONNX file: {(str(e) or type(e).__name__).splitlines()[0]}", where=where, way_out="Lower the model again") from e
     return model

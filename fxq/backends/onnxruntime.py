@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
 from fxq.errors import ArtifactError, nearest
+from fxq.lowering import contents
 
 LEVELS = ("all", "extended", "basic", "off")
 QUIET = 4  # only fatal messages of the runtime reach the terminal; faults are raised
@@ -50,11 +50,7 @@ def session(
         options.optimized_model_filepath = os.fspath(save_optimized)
     if float_matmul:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
-    where = "artifact" if isinstance(model, bytes) else os.fspath(model)
-    try:
-        data = model if isinstance(model, bytes) else Path(model).read_bytes()
-    except OSError as e:
-        raise ArtifactError(f"cannot be read: {e.strerror or e}", where=where) from e
+    data, where = contents(model)
     try:
         return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as e:
