@@ -60,6 +60,10 @@ class ArtifactError(FxqError):
     """An artifact cannot be read, written or executed."""
 
 
+class EngineError(FxqError):
+    """A TensorRT engine cannot be built, read or run; ``where`` is the ONNX node, the input or the file concerned."""
+
+
 class InputError(FxqError):
     """A model source, weight file, image folder or other input on the command line is not usable."""
 

@@ -1,0 +1,344 @@
+"""TensorRT engines from ONNX bytes, on machines with and without a GPU, in a child process (``trt_worker``) that may crash alone."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from fxq.backends import trt_layers
+from fxq.backends.trt_layers import TESTED, Layer
+from fxq.backends.trt_profiles import Profile, inputs, profiles
+from fxq.errors import ArtifactError, EngineError
+from fxq.lowering import Artifact
+from fxq.pipeline import Progress, no_progress
+
+WORKER = Path(__file__).with_name("trt_worker.py")
+FULL, RTX = "tensorrt", "tensorrt_rtx"
+INSTALL = 'Install it: pip install "fxq[tensorrt]"'
+NOISE = ("catchCudaError", "cudaError 35:", "ScopedCudaStream")
+"""In lines that TensorRT logs after other messages on a machine without a GPU; they mean nothing there."""
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How to build an engine.
+
+    Attributes:
+        capability: the GPU's compute capability, ``sm75``, ``sm80``, ``sm86``, ``sm89``, ``sm120`` or ``sm121``. ``None``: TensorRT-RTX builds for all of
+            8.0, 8.6, 8.9 and 12.x, full TensorRT for this machine's GPU, the only one it can build for.
+        profiles: input -> its (least, best, greatest) shapes. Empty: 1, 8 and 32 in every dynamic dimension.
+        timing_cache: file of kernel measurements, read when it is there and written afterwards. TensorRT-RTX measures nothing: there it has no effect.
+        package: ``tensorrt`` or ``tensorrt_rtx``. ``None``: full TensorRT where it is installed and there is a GPU, otherwise TensorRT-RTX.
+        level: the builder's optimization level, 0 to 5; ``None`` for TensorRT's default.
+        workspace: most bytes of GPU memory that a kernel may use beside its tensors; ``None`` for all.
+        sparsity: use 2:4 sparse kernels where the weights allow it.
+        timeout: seconds after which a build is given up; ``None`` for never.
+    """
+
+    capability: str | None = None
+    profiles: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
+    timing_cache: str | os.PathLike[str] | None = None
+    package: str | None = None
+    level: int | None = None
+    workspace: int | None = None
+    sparsity: bool = False
+    timeout: float | None = None
+
+
+@dataclass(frozen=True)
+class Built:
+    """A finished engine.
+
+    Attributes:
+        engine: the serialized engine.
+        layers: after fusion, in order of execution.
+        log: TensorRT's messages as ``(severity, text)``, without the layer table and without the noise of machines that have no GPU.
+        seconds: wall-clock time of the whole call, the child process included.
+        package: ``tensorrt`` or ``tensorrt_rtx``.
+        version: of the package.
+        profiles: least, best and greatest shape of every dynamic input, as built; empty when nothing is dynamic.
+    """
+
+    engine: bytes
+    layers: tuple[Layer, ...]
+    log: tuple[tuple[str, str], ...]
+    seconds: float
+    package: str
+    version: str
+    profiles: dict[str, Profile]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What TensorRT warned of."""
+        return tuple(text for severity, text in self.log if severity == "WARNING")
+
+
+def installed(package: str) -> str | None:
+    """Version of an installed package, found without importing it; ``None`` when it is not there."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        return None
+    if spec is None or spec.origin is None:  # a folder that happens to have this name has no origin
+        return None
+    name = package.replace("_", "-")
+    for distribution in (name, f"{name}-cu13", f"{name}-cu12"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(distribution)
+    return "of unknown version"
+
+
+def available() -> str | None:
+    """``"tensorrt_rtx 1.7.1.116"``: the package that builds engines here and its version, or ``None``. Nothing is imported."""
+    for package in (FULL, RTX):
+        version = installed(package)
+        if version is not None and (package != FULL or torch.cuda.is_available()):
+            return f"{package} {version}"
+    return None
+
+
+def chosen(package: str | None) -> str:
+    """The package to use: the one asked for, or the best of this machine.
+
+    Raises:
+        EngineError: when it is not installed.
+    """
+    if package is None:
+        found = available()
+        if found is None:
+            raise EngineError("no TensorRT is installed", way_out=INSTALL)
+        return found.split()[0]
+    if installed(package) is None:
+        raise EngineError(f"the package {package!r} is not installed", way_out=INSTALL)
+    return package
+
+
+def build(onnx_bytes: bytes, options: BuildOptions | None = None, progress: Progress = no_progress) -> Built:
+    """Build an engine. The same input gives the same bytes. May be called from several threads.
+
+    Args:
+        onnx_bytes: the ONNX file, with its weights inside.
+        options: how; the defaults build a portable engine.
+        progress: called with phase, steps done and number of steps. An exception that it raises cancels the build and leaves nothing behind; so does
+            ``KeyboardInterrupt``.
+
+    Raises:
+        EngineError: when the package is missing, a profile does not fit the file, TensorRT refuses the graph (with its node and text), its process crashes or
+            takes too long, or the timing cache cannot be used.
+    """
+    start = time.perf_counter()
+    options = options or BuildOptions()
+    package = chosen(options.package)
+    request = _request(package, options)
+    request["profiles"] = built_for = profiles(inputs(onnx_bytes), options.profiles)
+    with tempfile.TemporaryDirectory(prefix="fxq-") as name:
+        folder = Path(name)
+        (folder / "model.onnx").write_bytes(onnx_bytes)
+        (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
+        result = _run(folder, package, options.timeout, progress)
+        version = result["version"]
+        if "error" in result:
+            raise _refusal(result["error"], f"{package} {version}", options)
+        parse = trt_layers.parse_log if result["form"] == "log" else trt_layers.parse_inspector
+        layers = parse(result["table"])
+        if options.timing_cache is not None:
+            _save_cache(folder / "timing.bin", options.timing_cache)
+        log = tuple(m for m in _log(folder) if not m[1].startswith("Layers:"))
+        engine = (folder / "engine.bin").read_bytes()
+    return Built(engine, layers, log, time.perf_counter() - start, package, version, built_for)
+
+
+def _request(package: str, options: BuildOptions) -> dict[str, Any]:
+    """What the child is asked for.
+
+    Raises:
+        EngineError: for options that no package takes.
+    """
+    capability, level, workspace = options.capability, options.level, options.workspace
+    if capability is not None and not re.fullmatch(r"sm\d+", str(capability)):
+        raise EngineError(f"{capability!r} is no compute capability", way_out="Write it like sm86, or leave it out for a portable engine")
+    if level is not None and level not in range(6):
+        raise EngineError(f"optimization level {level!r} does not exist", way_out="Choose 0 to 5")
+    if workspace is not None and not (isinstance(workspace, int) and workspace > 0):
+        raise EngineError(f"a workspace of {workspace!r} bytes is not possible", way_out="Give a positive number of bytes, or None for all memory")
+    device = "sm{}{}".format(*torch.cuda.get_device_capability(0)) if torch.cuda.is_available() else None
+    cache = None if options.timing_cache is None else _cache_path(Path(options.timing_cache))
+    return {
+        "package": package, "path": [p for p in sys.path if isinstance(p, str)], "capability": capability, "device": device, "level": level,
+        "workspace": workspace, "sparsity": options.sparsity, "timing_cache": cache,
+    }  # fmt: skip
+
+
+def _cache_path(path: Path) -> str:
+    """A timing cache that can be read and written, before the work of a build is spent."""
+    if path.is_dir():
+        raise EngineError("the timing cache is a folder", where=str(path), way_out="Give the name of a file")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK) or path.exists() and not os.access(path, os.R_OK):
+        raise EngineError("the timing cache cannot be read and written there", where=str(path), way_out="Check that the folder exists and is writable")
+    return str(path.absolute())
+
+
+def _save_cache(source: Path, target: str | os.PathLike[str]) -> None:
+    if source.exists():
+        try:
+            Artifact("tensorrt", source.read_bytes()).save(target, force=True)
+        except ArtifactError as e:
+            raise EngineError(f"the timing cache {e.fact}", where=e.where, way_out=e.way_out) from e
+
+
+# ---- the child -----------------------------------------------------------------------------------------------------------------
+
+
+def _run(folder: Path, package: str, timeout: float | None, progress: Progress) -> dict[str, Any]:
+    """Let a child build; its result. It is gone when this returns or raises."""
+    child: subprocess.Popen[bytes] | None = None
+    deadline = None if timeout is None else time.monotonic() + timeout
+    try:
+        with (folder / "stderr.txt").open("wb") as errors:
+            command = [sys.executable, "-P", "-W", "ignore", str(WORKER), str(folder / "request.json")]
+            child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
+        assert child.stdout is not None
+        for line in _lines(child.stdout, deadline):
+            progress(*json.loads(line))
+        code = child.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+    except (TimeoutError, subprocess.TimeoutExpired):
+        fact = f"{package} did not finish in {timeout:g} s{_last(folder)}"
+        raise EngineError(fact, way_out="Allow more time, or build a smaller part of the model") from None
+    finally:
+        if child is not None:
+            child.kill()
+            child.wait()
+            for pipe in (child.stdin, child.stdout):
+                if pipe is not None:
+                    pipe.close()
+    if code != 0:
+        raise _crash(folder, package, code)
+    result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return result
+
+
+def _lines(pipe: IO[bytes], deadline: float | None) -> Iterator[bytes]:
+    """Lines of a pipe until it ends.
+
+    Raises:
+        TimeoutError: when it has not ended at the deadline.
+    """
+    lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+
+    def read() -> None:
+        with contextlib.suppress(ValueError, OSError):  # closed by the other thread
+            for line in pipe:
+                lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        try:
+            line = lines.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            raise TimeoutError from None
+        if line is None:
+            return
+        yield line
+
+
+def _log(folder: Path) -> list[tuple[str, str]]:
+    """TensorRT's messages so far, without noise; a crash may have cut the last one."""
+    found = []
+    with contextlib.suppress(OSError), (folder / "log.jsonl").open(encoding="utf-8") as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                severity, text = json.loads(line)
+                text = _quiet(text)
+                if text:
+                    found.append((severity, text))
+    return found
+
+
+def _quiet(text: str) -> str:
+    """A message without its noise lines."""
+    return "\n".join(line for line in text.splitlines() if line.strip() and not any(word in line for word in NOISE))
+
+
+def _last(folder: Path, count: int = 3) -> str:
+    """The end of the log, for an error."""
+    texts = [text.splitlines()[0][:200] for _, text in _log(folder)[-count:]]
+    return "; its last messages: " + " | ".join(texts) if texts else ""
+
+
+def _crash(folder: Path, package: str, code: int) -> EngineError:
+    """What a child's unhappy end means."""
+    errors = (folder / "stderr.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    if code > 0 and errors:
+        return EngineError(f"{package} cannot be used: {errors[-1][:300]}", way_out="Install it again, or another version: " + TESTED)
+    try:
+        how = f"signal {signal.Signals(-code).name}"
+    except ValueError:
+        how = f"exit code {code}"
+    if how == "signal SIGKILL":
+        fact = f"{package} was killed by the system, most likely for want of memory{_last(folder)}"
+        return EngineError(fact, way_out="Free memory, or build a smaller model")
+    return EngineError(f"{package} crashed ({how}){_last(folder)}", way_out=_LINT)
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------------------
+
+_PLACE = re.compile(r" In \w+ at /\S*?(?=[\s)]|$)")
+_LINT = "Lint the file for target tensorrt: it says what TensorRT takes instead"
+
+
+def _clean(text: str) -> str:
+    """TensorRT's text on one line, without noise and without the places in its source."""
+    return " ".join(_PLACE.sub("", line).strip() for line in _quiet(text).splitlines()) or "it gives no reason"
+
+
+def _refusal(error: Mapping[str, Any], package: str, options: BuildOptions) -> EngineError:
+    """The child's refusal as an error."""
+    stage, fact = error["stage"], error.get("fact", "")
+    if stage == "parse":
+        return _parse_error(error["errors"], package)
+    if stage == "build":
+        text = _clean(fact)
+        named = [name for name in error["names"] if re.search(rf"(?<![\w/.]){re.escape(name)}(?![\w/])", text)]
+        way_out = "Choose a compute capability that has this type: FP8 from sm89, FP4 from sm120" if "HW-specific datatypes" in text else _LINT
+        return EngineError(f"{package} cannot build it: {text}", where=max(named, key=len, default=None), way_out=way_out)
+    if stage == "capability":
+        return EngineError(f"{package} does not build for {options.capability}", way_out=f"It builds for {', '.join(error['known'])}")
+    if stage == "device":
+        gpu = f"this machine's GPU, {error['device']}" if error["device"] else "the GPU of the machine that it runs on, and there is none here"
+        way_out = f"Build on such a machine, or with package={RTX!r}, which builds for any"
+        return EngineError(f"{package} builds only for {gpu}, not for {options.capability}", way_out=way_out)
+    if stage == "cache":
+        return EngineError(f"the timing cache cannot be used: {fact}", where=str(options.timing_cache), way_out="Delete it, or name another file")
+    if stage == "table":
+        return EngineError(f"{package} gave no layer table, so nothing shows what runs in integers", way_out=TESTED)
+    return EngineError(f"{package} refuses the {stage}: {_clean(fact)}", way_out="Correct it" if stage == "profile" else "Check the GPU and its driver")
+
+
+def _parse_error(errors: Sequence[Mapping[str, Any]], package: str) -> EngineError:
+    """The parser's first finding: node, operator and TensorRT's text."""
+    if not errors:
+        return EngineError(f"{package} cannot parse the file", way_out=_LINT)
+    first = errors[0]
+    op, text = first["op"], _clean(first["fact"])
+    if text == "false" or first["code"] == "UNSUPPORTED_NODE" and text == "it gives no reason":
+        text = f"the operator is not supported ({first['code']})"
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return EngineError(f"{package} refuses {op or 'the file'}: {text}{more}", where=first["node"] or None, way_out=_LINT)
