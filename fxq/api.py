@@ -141,11 +141,14 @@ class CompiledModel(nn.Module):
         return self.root(*args)
 
     def reference(self, *args: Any) -> Any:
-        """The integer reference: the numbers that the fused artifact gives, as dequantized float32 tensors."""
+        """The integer reference: the numbers that the fused artifact gives, as dequantized float32 tensors.
+
+        For TensorRT, whose kernels' arithmetic is not known here, it is the Q/DQ graph's own: float between rounded values.
+        """
         if self._reference is None or self._reference.gm is not self.root:  # of a model on another device it is a copy, which ages
             from fxq.backends.reference import Reference
 
-            self._reference = Reference(self.graph_module)
+            self._reference = Reference(self.graph_module, self.target.fused)
         return self._reference(*args)
 
     @property
@@ -195,7 +198,7 @@ class CompiledModel(nn.Module):
         from fxq.proof import verify
 
         gm = self.graph_module
-        return verify(gm, artifact, Batches(data, gm, limit=limit, what="data to verify with"))
+        return verify(gm, artifact, Batches(data, gm, limit=limit, what="data to verify with"), fused=self.target.fused)
 
 
 @young()
@@ -216,7 +219,7 @@ def compile(
 
     Args:
         model: float32 module or exported program; its parameters, buffers and mode are not changed.
-        scheme: name or :class:`~fxq.schemes.Scheme`.
+        scheme: name or :class:`~fxq.schemes.Scheme`; ``int8`` is the int8 scheme that the target runs best.
         calibration: any iterable of tensors, tuples (labels behind the inputs are dropped) or dicts; read once.
         example: one batch of inputs when there is no calibration data (a tensor or a tuple).
         target: runtime to place the Q/DQ for.
@@ -229,8 +232,8 @@ def compile(
     Raises:
         TraceError, SchemeError, TargetError, CalibrationError, PassError: with node, fact and way out.
     """
-    sch, tgt = schemes.get(scheme), targets.get(target)
-    tgt.require(sch)
+    tgt = targets.get(target)
+    sch = tgt.scheme(scheme)
     if observer is not None and observer not in schemes.OBSERVERS:
         raise SchemeError(f"unknown observer {observer!r}", way_out=nearest(observer, schemes.OBSERVERS))
     if isinstance(model, torch.export.ExportedProgram):

@@ -18,12 +18,12 @@ CHUNK_BYTES = 1 << 28
 
 
 class Exposed:
-    """The fused graph with every tensor visible; results are fetched in chunks, so that big nets fit in memory."""
+    """The graph at an optimization level with every tensor visible; results are fetched in chunks, so that big nets fit in memory."""
 
-    def __init__(self, model: bytes, steps: Sequence[Step], outputs: dict[Node, str]) -> None:
+    def __init__(self, model: bytes, steps: Sequence[Step], outputs: dict[Node, str], level: str = "extended") -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = str(Path(folder) / "fused.onnx")
-            session(model, "extended", save_optimized=path, float_matmul=True)
+            session(model, level, save_optimized=path, float_matmul=True)
             fused = onnx.load(path)
         self.producer = {t: n.op_type for n in fused.graph.node for t in n.output if t}
         self.merged = {t for n in fused.graph.node for t in n.output if any(i.startswith("DoubleQDQRemoved_") for i in n.input)}

@@ -9,6 +9,8 @@ Meta that fxq keeps on a node:
 ``grid``                name of the grid that the node's value is rounded to (a key of ``grids(gm)``)
 ``integer``             True when the target executes this node in integers
 ``float_why``           why it does not, one line
+``reads_codes``         names of the inputs that the node reads rounded; where it is absent, integer nodes read
+                        rounded values and give them
 ======================  =====================================================================================
 """
 
@@ -57,6 +59,13 @@ def grid_of(gm: GraphModule, node: Node) -> Grid | None:
     """Grid that ``node``'s value is rounded to, or ``None`` when it stays float."""
     name = node.meta.get("grid")
     return None if name is None else grids(gm)[name]
+
+
+def reads_codes(reader: Node, source: Node) -> bool:
+    """Does ``reader`` see the value of ``source``, which has a grid, rounded onto it?"""
+    if "reads_codes" in reader.meta:
+        return source.name in reader.meta["reads_codes"]
+    return bool(source.meta.get("integer") or reader.meta.get("integer"))
 
 
 def module_of(gm: GraphModule, node: Node) -> nn.Module:

@@ -222,6 +222,7 @@ def verify(
     data: Iterable[Any],
     *,
     input_names: Sequence[str] | None = None,
+    fused: bool = True,
 ) -> Proof:
     """Compare the artifact with the integer reference on the same inputs.
 
@@ -230,6 +231,8 @@ def verify(
         artifact: path or bytes of its ONNX file, or the artifact that ``lower`` gave.
         data: batches: tuples of positional inputs, or single tensors. One batch is in memory at a time.
         input_names: names of the file's inputs in the graph's order; default: the graph's placeholders.
+        fused: the file's Q/DQ nodes fuse to integer kernels in ONNX Runtime. Otherwise (a file for TensorRT) it runs as it is written,
+            optimizations off, and is compared with the simulator: each quantized tensor given the runtime's own inputs.
 
     Raises:
         ArtifactError: damaged or foreign file, or inputs that do not fit it.
@@ -238,11 +241,11 @@ def verify(
     """
     model = load(artifact)
     raw = model.SerializeToString()
-    full, reference = session(raw, float_matmul=True), Reference(gm)
+    full, reference = session(raw, "all" if fused else "off", float_matmul=True), Reference(gm, fused)
     names = list(input_names or graph_inputs(gm))
     outputs = [o.name for o in full.get_outputs()]
     _require_own(model, reference, names, [i.name for i in full.get_inputs()])
-    exposed = Exposed(raw, reference.steps, _outputs(reference.gm, outputs))
+    exposed = Exposed(raw, reference.steps, _outputs(reference.gm, outputs), "extended" if fused else "off")
     ledger = _Ledger(exposed, {t.name: t for t in model.graph.initializer}, reference)
     nodes = _output_nodes(reference.gm)
     whole = len(nodes) == len(outputs)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from fxq import schemes
 from fxq.errors import SchemeError, TargetError, nearest
 from fxq.schemes import Scheme
 from fxq.spec import QuantSpec
@@ -46,6 +47,12 @@ class Target:
         share: kinds whose inputs and output take one grid.
         opset, ir_version: of the ONNX file.
         unsigned_codes: activations on signed grids are stored as unsigned codes (``s8`` as ``u8`` with the zero point 128: the same reals).
+        int8: name of the scheme that ``scheme="int8"`` stands for: the int8 that this runtime runs best.
+        placement: where Q/DQ stand: ``outputs`` (every value that an integer operation gives is rounded, and kernels fuse to integer
+            ones) or ``inputs`` (what weighted layers read is rounded, what they give stays float and is fused with what follows).
+        least_channels: weighted layers with fewer input or output channels stay float (the first layer of a net excepted).
+        float_why: kind of node -> why this runtime executes it in float.
+        capability: compute capability of an NVIDIA GPU (``86`` for 8.6), or ``None``.
     """
 
     name: str
@@ -59,6 +66,33 @@ class Target:
     opset: int = 21
     ir_version: int = 10
     unsigned_codes: bool = False
+    int8: str = "iao_w8a8"
+    placement: str = "outputs"
+    least_channels: int = 0
+    float_why: Mapping[str, str] = field(default_factory=dict)
+    capability: int | None = None
+
+    @property
+    def family(self) -> str:
+        """Runtime that takes the graph: ``tensorrt`` for all its capabilities, which differ in nothing that passes decide."""
+        return "tensorrt" if self.placement == "inputs" else self.name
+
+    @property
+    def fused(self) -> bool:
+        """The Q/DQ nodes of its files fuse to integer kernels whose every bit is known here."""
+        return self.placement == "outputs"
+
+    def scheme(self, scheme: str | Scheme) -> Scheme:
+        """The scheme of that name, ``int8`` being the one that this runtime runs best.
+
+        Raises:
+            SchemeError: for an unknown name, or grids that this runtime does not take.
+        """
+        if scheme == "int8" and not self.int8:
+            raise SchemeError(f"target {self.name!r} runs no int8", way_out=self._way_out("activation", ()))
+        found = schemes.get(self.int8 if scheme == "int8" else scheme)
+        self.require(found)
+        return found
 
     def require(self, scheme: Scheme) -> None:
         """Refuse a scheme whose grids this runtime does not take.
@@ -69,9 +103,14 @@ class Target:
         for role, spec, legal in (("activation", scheme.activation, self.activations), ("weight", scheme.weight, self.weights)):
             if spec is not None and str(_plain(spec)) not in legal:
                 raise SchemeError(
-                    f"target {self.name!r} does not take {role} grids of {spec} (scheme {scheme.name!r})",
-                    way_out="It takes " + ", ".join(legal),
+                    f"target {self.name!r} does not take {role} grids of {spec} (scheme {scheme.name!r})", way_out=self._way_out(role, legal)
                 )
+
+    def _way_out(self, role: str, legal: tuple[str, ...]) -> str:
+        if not legal:
+            return f"It runs no quantized {role}s; choose a compute capability from 8.0 on, or scheme='float'"
+        takes = "It takes " + ", ".join(legal)
+        return f"Use scheme='int8', which is {self.int8!r} here. {takes}" if self.int8 else takes
 
 
 def _plain(spec: QuantSpec) -> QuantSpec:
@@ -106,7 +145,45 @@ _ORT = Target(
     # refuses its own optimized graph where a signed QuantizeLinear was moved across a reshape or transpose (1.31).
     unsigned_codes=True,
 )
-_TABLE: dict[str, Target] = {_ORT.name: _ORT}
+INT8_FROM = 80
+"""Compute capability from which TensorRT runs int8 layers in int8."""
+_POINTWISE = ("relu", "clamp", "leaky_relu", "sigmoid", "hardsigmoid", "hardswish", "silu", "gelu", "tanh", "add", "mul", "sub", "div")
+_MOVES = ("max_pool", "reshape", "permute", "slice", "split", "getitem", "index_select", "pad", "resize", "pixel_shuffle")
+_FUSED = "TensorRT computes it in float, fused into the kernel before it; a Q in between would keep them apart"
+_TENSORRT = Target(
+    "tensorrt",
+    "TensorRT, any GPU from compute capability 8.0 on: symmetric int8 at the inputs of weighted layers",
+    ops={"conv": OpRule("may", always=True), "linear": OpRule("may", always=True), "matmul": OpRule("may", always=True), "cat": _MOVER},
+    activations=("s8/pt",),
+    weights=("s8n/pt", "s8/pt"),
+    int32_bias=False,
+    forms=("tidy", "merge-pad", "unpack"),
+    share=("cat",),
+    opset=19,
+    ir_version=9,
+    int8="iao_w8a8_sym",
+    placement="inputs",
+    least_channels=16,
+    float_why={
+        **dict.fromkeys(_POINTWISE, _FUSED),
+        **dict.fromkeys(_MOVES, "it only moves values: TensorRT moves the Q behind it to its front"),
+        "conv_transpose": "TensorRT runs transposed convolutions in float",
+        "softmax": "softmax stays float: its sums need the range",
+        "layer_norm": "layer norm stays float: its sums need the range",
+    },
+)
+
+
+def _capability(version: int) -> Target:
+    """The TensorRT target of one compute capability."""
+    name = f"TensorRT for compute capability {version // 10}.{version % 10}"
+    target = replace(_TENSORRT, name=f"sm{version}", summary=name, capability=version)
+    if version >= INT8_FROM:
+        return target
+    return replace(target, summary=f"{name}: float only (int8 layers build and run in float)", activations=(), weights=(), int8="")
+
+
+_TABLE: dict[str, Target] = {t.name: t for t in (_ORT, _TENSORRT, *map(_capability, (75, 80, 86, 89, 120, 121)))}
 
 
 def register(target: Target) -> Target:

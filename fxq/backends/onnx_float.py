@@ -126,6 +126,23 @@ def softplus(w: Writer, node: Node, module: nn.Module) -> str:
     return w.op("Div", [w.op("Softplus", [w.op("Mul", [x, beta], f"{out}/scaled")], f"{out}/plus"), beta], out)
 
 
+def gelu(w: Writer, node: Node, module: nn.Module) -> str:
+    """Gelu, an operation from opset 20 on; before that its definition (Hendrycks and Gimpel, arXiv 1606.08415)."""
+    g: Any = module
+    out, x = w.out(node), w.input(node)
+    if w.target.opset >= 20:
+        return w.op("Gelu", [x], out, approximate=g.approximate)
+    half, one = w.const(f"{out}/half", np.float32(0.5)), w.const(f"{out}/one", np.float32(1))
+    if g.approximate == "tanh":
+        cube = w.op("Mul", [w.op("Mul", [x, x], f"{out}/square"), x], f"{out}/cube")
+        cube = w.op("Mul", [cube, w.const(f"{out}/k3", np.float32(0.044715))], f"{out}/scaled_cube")
+        inner = w.op("Mul", [w.op("Add", [x, cube], f"{out}/sum"), w.const(f"{out}/k", np.float32(np.sqrt(2 / np.pi)))], f"{out}/inner")
+        gate = w.op("Tanh", [inner], f"{out}/tanh")
+    else:
+        gate = w.op("Erf", [w.op("Mul", [x, w.const(f"{out}/k", np.float32(np.sqrt(0.5)))], f"{out}/inner")], f"{out}/erf")
+    return w.op("Mul", [w.op("Mul", [x, half], f"{out}/half_x"), w.op("Add", [gate, one], f"{out}/gate")], out)
+
+
 def unary(w: Writer, node: Node, module: nn.Module) -> str:
     fn, out, x = str(module.fn), w.out(node), w.input(node)
     if fn == "square":
@@ -175,6 +192,6 @@ EMITTERS: dict[str, Emitter] = {
     "batch_norm": batch_norm, "layer_norm": layer_norm, "instance_norm": instance_norm, "group_norm": group_norm,
     "mean": _reduce("ReduceMean"), "sum": _reduce("ReduceSum"), "softmax": _softmax("Softmax"), "log_softmax": _softmax("LogSoftmax"),
     "silu": silu, "prelu": prelu, "softplus": softplus, "tanh": simple("Tanh"), "hardswish": simple("HardSwish"), "mish": simple("Mish"),
-    "elu": attribute("alpha", "Elu", "alpha"), "selu": simple("Selu"), "gelu": attribute("approximate", "Gelu", "approximate"),
+    "elu": attribute("alpha", "Elu", "alpha"), "selu": simple("Selu"), "gelu": gelu,
     "unary": unary, "power": power, "expand": expand, "embedding": embedding, "pixel_shuffle": pixel_shuffle, "adaptive_max_pool": adaptive_max_pool,
 }  # fmt: skip

@@ -71,7 +71,7 @@ class OnnxQdq(Lowering):
 
         islands = self._islands(gm, target)
         results = [r for n in gm.graph.nodes if n.op == "output" for r in named_results(n.args[0])]
-        w = Writer(gm, input_names(gm) + [name for name, _ in results])
+        w = Writer(gm, target, input_names(gm) + [name for name, _ in results])
         inputs: list[Any] = []
         for unit in schedule(gm, islands):
             if isinstance(unit, Island):

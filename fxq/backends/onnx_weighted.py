@@ -27,6 +27,8 @@ def weighted(w: Writer, node: Node, module: nn.Module) -> str:
             return dynamic_linear(w, node, module)
         if not node.meta.get("integer"):
             return weight_only(w, node, module)
+        if w.target.placement == "inputs" and isinstance(module.op, nn.Linear) and len(shape(node)) != 2:
+            return _product(w, node, module)
         return _layer(w, node, module.op, _weight(w, node, module), _bias(w, node, module))
     op: Any = module
     return _layer(w, node, op, w.const(f"{w.out(node)}/weight", op.weight), _float_bias(w, node, op))
@@ -54,6 +56,8 @@ def _padded(w: Writer, node: Node, mode: str, begin: list[int], end: list[int]) 
     if kind(w.gm, source) != "fake_quantize":
         return w.op("Pad", [w.name(source), pads], f"{out}/padded", mode=PAD_MODES[mode])
     fq: Any = module_of(w.gm, source)
+    if w.target.placement == "inputs":  # nothing may stand between Q and DQ: the padded values are rounded again, onto themselves
+        return _pair(w, w.op("Pad", [w.name(source), pads], f"{out}/padded", mode=PAD_MODES[mode]), fq.qparams)
     codes = w.op("Pad", [w.codes(source), pads], f"{out}/padded_q", mode=PAD_MODES[mode])
     return w.op("DequantizeLinear", [codes, *w.grid(w.codes(source), fq.qparams)], f"{out}/padded/dq")
 
@@ -102,6 +106,17 @@ def _linear(w: Writer, node: Node, x: str, weight: str, bias: list[str]) -> str:
     if integer and after is not None:
         y = _pair(w, y, after)
     return w.op("Reshape", [y, w.sizes(node, source)], out)
+
+
+def _product(w: Writer, node: Node, module: m.Quantized) -> str:
+    """MatMul with the weight as [K, N] and Add: on more than two dimensions the form that TensorRT takes without reshapes."""
+    out, qp, codes = w.out(node), module.weight_grid.qparams, module.weight_codes().T.contiguous()
+    s, z = w.grid(f"{out}/weight", qp)
+    axis = {} if qp.spec.axis is None else {"axis": 1}
+    weight = w.op("DequantizeLinear", [w.const(f"{out}/weight_q", codes), s, z], f"{out}/weight/dq", **axis)
+    bias = _float_bias(w, node, module.op)
+    y = w.op("MatMul", [w.input(node), weight], f"{out}/matmul" if bias else out)
+    return w.op("Add", [y, *bias], out) if bias else y
 
 
 def _pair(w: Writer, x: str, qp: QParams) -> str:

@@ -16,6 +16,7 @@ from fxq import numerics
 from fxq.graph import attr, kind, module_of, shape
 from fxq.modules import FakeQuantize
 from fxq.spec import QParams
+from fxq.targets import Target
 
 TYPES = {
     torch.float32: TensorProto.FLOAT, torch.float64: TensorProto.DOUBLE, torch.float16: TensorProto.FLOAT16,
@@ -30,11 +31,12 @@ class Writer:
 
     Args:
         gm: a converted graph.
+        target: runtime of the file.
         reserved: names of the graph's inputs and outputs, which no inner tensor may take.
     """
 
-    def __init__(self, gm: GraphModule, reserved: Iterable[str] = ()) -> None:
-        self.gm = gm
+    def __init__(self, gm: GraphModule, target: Target, reserved: Iterable[str] = ()) -> None:
+        self.gm, self.target = gm, target
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.names: dict[Node, str] = {}

@@ -63,24 +63,27 @@ def value_name(node: Node) -> str:
     return str(node.target) if node.op in ("call_module", "get_attr", "placeholder") else node.name
 
 
-def plan(gm: GraphModule) -> list[Step]:
-    """The fused kernels of a converted graph, in order: one for each fake-quantizer and each integer node with float output."""
+def plan(gm: GraphModule, fused: bool = True) -> list[Step]:
+    """The fused kernels of a converted graph, in order: one for each fake-quantizer and each integer node with float output.
+
+    With ``fused=False`` only the fake-quantizers: every operation runs in float between its Q/DQ nodes.
+    """
     steps: list[Step] = []
     for n in gm.graph.nodes:
         k = kind(gm, n)
         if k == "fake_quantize":
-            steps.append(_rounded(gm, n))
-        elif k in kernels.FLOAT_OUTPUT and _is_integer(gm, n, k) and not any(_is_grid(gm, u) for u in n.users):
+            steps.append(_rounded(gm, n, fused))
+        elif fused and k in kernels.FLOAT_OUTPUT and _is_integer(gm, n, k) and not any(_is_grid(gm, u) for u in n.users):
             steps.append(Step(value_name(n), k, n, n, tuple(n.args), module_of(gm, n)))
     return steps
 
 
-def _rounded(gm: GraphModule, fq: Node) -> Step:
+def _rounded(gm: GraphModule, fq: Node, fused: bool) -> Step:
     source, module, name = fq.all_input_nodes[0], module_of(gm, fq), str(fq.target)
     k = kind(gm, source)
     if k == "fake_quantize":
         return Step(name, "requantize", source, fq, (source,), module)
-    if len(source.users) == 1 and _is_integer(gm, source, k):
+    if fused and len(source.users) == 1 and _is_integer(gm, source, k):
         if k == "getitem":
             split, index = source.args
             assert isinstance(split, Node) and isinstance(index, int)
@@ -117,16 +120,22 @@ Observe = Callable[[Step, Any], Any]
 class Reference:
     """Runs a converted graph on codes, on the CPU.
 
+    Args:
+        gm: a converted graph.
+        fused: integer nodes run integer kernels, as ONNX Runtime's; otherwise everything between two fake-quantizers runs in
+            float: what a Q/DQ file says word for word, and what can be said of a runtime whose kernels are not known here (TensorRT).
+
     Attributes:
         steps: the fused kernels, see :func:`plan`; ``by_result`` finds them by the node whose value they give.
         islands: the nodes that run in float; ``float_nodes``: their names.
         rounding: while ``observe`` sees a ``quantize`` step, the float value that it rounds.
     """
 
-    def __init__(self, gm: GraphModule) -> None:
+    def __init__(self, gm: GraphModule, fused: bool = True) -> None:
         on_cpu = all(t.device.type == "cpu" for t in [*gm.parameters(), *gm.buffers()])
         self.gm = gm if on_cpu else copy.deepcopy(gm).cpu()
-        self.steps = plan(self.gm)
+        self.fused = fused
+        self.steps = plan(self.gm, fused)
         self.by_result = {s.result: s for s in self.steps}
         self._inside = self._fused_nodes()
         self._free = self._last_reads()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,10 +11,10 @@ from torch.fx import GraphModule, Node
 from fxq.graph import Grid, data_inputs, grids, kind, module_of, shape
 from fxq.modules import WEIGHTED, Clamp, Pad, Resize
 from fxq.pipeline import Pass, PassContext
+from fxq.placement import FLOATS, Plan
+from fxq.placement_inputs import InputsPlan
 from fxq.spec import QParams, QuantSpec
 from fxq.targets import Target
-
-FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,8 @@ class Annotate(Pass):
     on a grid anyway (a conv's output, not a transformer's residual stream) and an integer operation reads its
     result, or when it shrinks its tensor. A ReLU or clamp from 0 behind an operation whose rule says ``clamps`` is absorbed:
     the grid starts at exactly 0.
+
+    A target that wants its Q/DQ at the inputs of weighted layers (TensorRT) has rules of its own: :mod:`fxq.placement_inputs`.
     """
 
     name: ClassVar[str] = "annotate"
@@ -34,10 +35,10 @@ class Annotate(Pass):
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         for node in gm.graph.nodes:
-            for key in ("integer", "float_why", "grid", "absorbed", "weight_spec"):
+            for key in ("integer", "float_why", "grid", "absorbed", "weight_spec", "reads_codes"):
                 node.meta.pop(key, None)
         gm.meta["grids"] = {}
-        plan = _Plan(gm, ctx)
+        plan = InputsPlan(gm, ctx) if ctx.target.placement == "inputs" else OutputsPlan(gm, ctx)
         if ctx.scheme.method == "static":
             assert ctx.scheme.activation is not None
             plan.place(ctx.scheme.activation)
@@ -47,37 +48,12 @@ class Annotate(Pass):
         return plan.changed
 
 
-class _Plan:
+class OutputsPlan(Plan):
+    """Q/DQ around every value that integer operations give (``Target.placement == "outputs"``)."""
+
     def __init__(self, gm: GraphModule, ctx: PassContext) -> None:
-        self.gm, self.ctx, self.target = gm, ctx, ctx.target
-        self.kinds = {n: kind(gm, n) for n in gm.graph.nodes}
+        super().__init__(gm, ctx)
         self.free: dict[Node, bool] = {}
-        self.changed = 0
-        self.matched: set[str] = set()
-
-    # ---- schemes without activation grids
-
-    def weights_only(self) -> None:
-        method = self.ctx.scheme.method
-        layers = {"float": (), "dynamic": ("linear",), "weight-only": ("linear", "conv", "conv_transpose")}[method]
-        why = {
-            "float": "the scheme is float",
-            "dynamic": "the scheme quantizes linear layers only",
-            "weight-only": "the scheme quantizes weights only",
-        }[method]
-        for node, k in self.kinds.items():
-            if node.op not in ("call_module", "call_function", "call_method"):
-                continue
-            reason = self._excluded(node)
-            if k in layers and reason is None:
-                node.meta["weight_spec"] = str(self.ctx.scheme.weight_spec(k))
-                node.meta["integer"] = method == "dynamic"
-                self.changed += 1
-            node.meta.setdefault("integer", False)
-            if not node.meta["integer"]:
-                node.meta["float_why"] = reason or why
-
-    # ---- static schemes
 
     def place(self, spec: QuantSpec) -> None:
         nodes = list(self.gm.graph.nodes)
@@ -100,7 +76,7 @@ class _Plan:
             return None if node.meta.get("dtype") in FLOATS else "not a float tensor"
         if k == "output":
             return "output"
-        reason = self._excluded(node)
+        reason = self.excluded(node)
         if reason is not None:
             return reason
         if k == "clamp":
@@ -112,14 +88,6 @@ class _Plan:
         if k == "hardsigmoid" and spec is not None and spec.symmetric and spec.signed:
             return "its integer form saturates at 0, where a signed symmetric grid does not end"
         return _shape_fault(self.gm, node, k, self.target)
-
-    def _excluded(self, node: Node) -> str | None:
-        for pattern in self.ctx.float_nodes:
-            for name in (str(node.target) if node.op == "call_module" else node.name, node.name):
-                if fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(name, pattern + ".*"):
-                    self.matched.add(pattern)
-                    return f"left float on request ({pattern})"
-        return None
 
     def _free(self, node: Node) -> bool:
         """Is the value on a grid without an extra quantization (of a stream that had better stay float)?"""
@@ -213,12 +181,6 @@ class _Plan:
         if k == "hardsigmoid" and node.meta.get("integer"):
             fixed = unit_grid(spec)
         grids(self.gm)[name] = Grid(spec, clamp, fixed, fixed)
-
-    def check_patterns(self) -> None:
-        for pattern in self.ctx.float_nodes:
-            if pattern not in self.matched:
-                self.ctx.skip(pattern, "this pattern of skip= matches no layer")
-
 
 def unit_grid(spec: QuantSpec) -> QParams:
     """The grid of a hard sigmoid: codes qmin..qmax on [0, 1], exactly; the zero point is the least code."""

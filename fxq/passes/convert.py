@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from fxq import numerics
 from fxq.errors import CalibrationError
-from fxq.graph import Grid, add_module, copy_shape, data_inputs, erase, grids, kind, module_of, swap_module
+from fxq.graph import Grid, add_module, copy_shape, data_inputs, erase, grids, kind, module_of, reads_codes, swap_module
 from fxq.modules import WEIGHTED, FakeQuantize, Quantized
 from fxq.pipeline import Pass, PassContext
 from fxq.spec import QParams, QuantSpec
@@ -65,7 +65,7 @@ class Convert(Pass):
         wish = str(node.target) if node.op in ("call_module", "get_attr") else node.name
         module = FakeQuantize(grid.qparams, name)
         path = add_module(gm, f"{wish}_q", module.to(device))
-        users = [u for u in node.users if node.meta.get("integer") or u.meta.get("integer")]
+        users = [u for u in node.users if reads_codes(u, node)]
         with gm.graph.inserting_after(node):
             rounded = gm.graph.call_module(path, (node,))
         copy_shape(node, rounded)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch.fx import GraphModule
 
-from fxq import forms, forms_shuffle, forms_tidy
+from fxq import forms, forms_shuffle, forms_tidy, forms_unpack
 from fxq.errors import PassError, nearest
 from fxq.pipeline import Pass, PassContext
 
@@ -23,6 +23,7 @@ FORMS: dict[str, forms.Form] = {
     "resize-point": forms.resize_point,
     "prelu": forms.prelu,
     "shuffle": forms_shuffle.shuffle,
+    "unpack": forms_unpack.unpack,
 }
 ALWAYS = ("tidy", "merge-pad")
 """Forms that save operations in float arithmetic as well."""
