@@ -9,7 +9,6 @@ import json
 import os
 import queue
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,8 @@ from typing import IO, Any
 import torch
 
 from fxq.backends import trt_layers
-from fxq.backends.trt_layers import TESTED, Layer
+from fxq.backends.trt_layers import Layer
+from fxq.backends.trt_messages import clean, crash, last_lines, read_log, refusal
 from fxq.backends.trt_profiles import Profile, inputs, profiles
 from fxq.errors import ArtifactError, EngineError
 from fxq.lowering import Artifact
@@ -32,8 +32,6 @@ from fxq.pipeline import Progress, no_progress
 WORKER = Path(__file__).with_name("trt_worker.py")
 FULL, RTX = "tensorrt", "tensorrt_rtx"
 INSTALL = 'Install it: pip install "fxq[tensorrt]"'
-NOISE = ("catchCudaError", "cudaError 35:", "ScopedCudaStream")
-"""In lines that TensorRT logs after other messages on a machine without a GPU; they mean nothing there."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +84,8 @@ class Built:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What TensorRT warned of."""
-        return tuple(text for severity, text in self.log if severity == "WARNING")
+        """What TensorRT warned of, each warning once."""
+        return tuple(dict.fromkeys(clean(text) for severity, text in self.log if severity == "WARNING"))
 
 
 def installed(package: str) -> str | None:
@@ -155,12 +153,12 @@ def build(onnx_bytes: bytes, options: BuildOptions | None = None, progress: Prog
         result = _run(folder, package, options.timeout, progress)
         version = result["version"]
         if "error" in result:
-            raise _refusal(result["error"], f"{package} {version}", options)
+            raise refusal(result["error"], f"{package} {version}", request)
         parse = trt_layers.parse_log if result["form"] == "log" else trt_layers.parse_inspector
         layers = parse(result["table"])
         if options.timing_cache is not None:
             _save_cache(folder / "timing.bin", options.timing_cache)
-        log = tuple(m for m in _log(folder) if not m[1].startswith("Layers:"))
+        log = tuple(m for m in read_log(folder) if not m[1].startswith("Layers:"))
         engine = (folder / "engine.bin").read_bytes()
     return Built(engine, layers, log, time.perf_counter() - start, package, version, built_for)
 
@@ -171,13 +169,15 @@ def _request(package: str, options: BuildOptions) -> dict[str, Any]:
     Raises:
         EngineError: for options that no package takes.
     """
-    capability, level, workspace = options.capability, options.level, options.workspace
+    capability, level, workspace, timeout = options.capability, options.level, options.workspace, options.timeout
     if capability is not None and not re.fullmatch(r"sm\d+", str(capability)):
         raise EngineError(f"{capability!r} is no compute capability", way_out="Write it like sm86, or leave it out for a portable engine")
     if level is not None and level not in range(6):
         raise EngineError(f"optimization level {level!r} does not exist", way_out="Choose 0 to 5")
     if workspace is not None and not (isinstance(workspace, int) and workspace > 0):
         raise EngineError(f"a workspace of {workspace!r} bytes is not possible", way_out="Give a positive number of bytes, or None for all memory")
+    if timeout is not None and not timeout > 0:
+        raise EngineError(f"a timeout of {timeout!r} s is not possible", way_out="Give a positive number of seconds, or None to wait")
     device = "sm{}{}".format(*torch.cuda.get_device_capability(0)) if torch.cuda.is_available() else None
     cache = None if options.timing_cache is None else _cache_path(Path(options.timing_cache))
     return {
@@ -207,138 +207,46 @@ def _save_cache(source: Path, target: str | os.PathLike[str]) -> None:
 
 
 def _run(folder: Path, package: str, timeout: float | None, progress: Progress) -> dict[str, Any]:
-    """Let a child build; its result. It is gone when this returns or raises."""
-    child: subprocess.Popen[bytes] | None = None
+    """Let a child build; its result."""
     deadline = None if timeout is None else time.monotonic() + timeout
-    try:
-        with (folder / "stderr.txt").open("wb") as errors:
-            command = [sys.executable, "-P", "-W", "ignore", str(WORKER), str(folder / "request.json")]
-            child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
-        assert child.stdout is not None
-        for line in _lines(child.stdout, deadline):
+    with _child(folder) as (child, lines):
+        while True:
+            try:
+                line = lines.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                fact = f"{package} did not finish in {timeout:g} s{last_lines(folder)}"
+                raise EngineError(fact, way_out="Allow more time, or build a smaller part of the model") from None
+            if line is None:
+                break
             progress(*json.loads(line))
-        code = child.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
-    except (TimeoutError, subprocess.TimeoutExpired):
-        fact = f"{package} did not finish in {timeout:g} s{_last(folder)}"
-        raise EngineError(fact, way_out="Allow more time, or build a smaller part of the model") from None
-    finally:
-        if child is not None:
-            child.kill()
-            child.wait()
-            for pipe in (child.stdin, child.stdout):
-                if pipe is not None:
-                    pipe.close()
+        code = child.wait()
     if code != 0:
-        raise _crash(folder, package, code)
+        raise crash(folder, package, code)
     result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
     return result
 
 
-def _lines(pipe: IO[bytes], deadline: float | None) -> Iterator[bytes]:
-    """Lines of a pipe until it ends.
-
-    Raises:
-        TimeoutError: when it has not ended at the deadline.
-    """
+@contextlib.contextmanager
+def _child(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], queue.SimpleQueue[bytes | None]]]:
+    """The worker's process, and the lines that it prints, ``None`` at their end. It is gone when the block is left, however that happens."""
+    command = [sys.executable, "-P", "-W", "ignore", str(WORKER), str(folder / "request.json")]
     lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-
-    def read() -> None:
-        with contextlib.suppress(ValueError, OSError):  # closed by the other thread
-            for line in pipe:
-                lines.put(line)
-        lines.put(None)
-
-    threading.Thread(target=read, daemon=True).start()
-    while True:
-        try:
-            line = lines.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
-        except queue.Empty:
-            raise TimeoutError from None
-        if line is None:
-            return
-        yield line
-
-
-def _log(folder: Path) -> list[tuple[str, str]]:
-    """TensorRT's messages so far, without noise; a crash may have cut the last one."""
-    found = []
-    with contextlib.suppress(OSError), (folder / "log.jsonl").open(encoding="utf-8") as lines:
-        for line in lines:
-            with contextlib.suppress(ValueError):
-                severity, text = json.loads(line)
-                text = _quiet(text)
-                if text:
-                    found.append((severity, text))
-    return found
-
-
-def _quiet(text: str) -> str:
-    """A message without its noise lines."""
-    return "\n".join(line for line in text.splitlines() if line.strip() and not any(word in line for word in NOISE))
-
-
-def _last(folder: Path, count: int = 3) -> str:
-    """The end of the log, for an error."""
-    texts = [text.splitlines()[0][:200] for _, text in _log(folder)[-count:]]
-    return "; its last messages: " + " | ".join(texts) if texts else ""
-
-
-def _crash(folder: Path, package: str, code: int) -> EngineError:
-    """What a child's unhappy end means."""
-    errors = (folder / "stderr.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    if code > 0 and errors:
-        return EngineError(f"{package} cannot be used: {errors[-1][:300]}", way_out="Install it again, or another version: " + TESTED)
+    with (folder / "stderr.txt").open("wb") as errors:
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
+    assert child.stdin is not None and child.stdout is not None
+    reader = threading.Thread(target=_read, args=(child.stdout, lines), daemon=True)
     try:
-        how = f"signal {signal.Signals(-code).name}"
-    except ValueError:
-        how = f"exit code {code}"
-    if how == "signal SIGKILL":
-        fact = f"{package} was killed by the system, most likely for want of memory{_last(folder)}"
-        return EngineError(fact, way_out="Free memory, or build a smaller model")
-    return EngineError(f"{package} crashed ({how}){_last(folder)}", way_out=_LINT)
+        reader.start()
+        yield child, lines
+    finally:
+        child.kill()
+        child.wait()
+        reader.join()
+        child.stdin.close()
+        child.stdout.close()
 
 
-# ---- refusals ------------------------------------------------------------------------------------------------------------------
-
-_PLACE = re.compile(r" In \w+ at /\S*?(?=[\s)]|$)")
-_LINT = "Lint the file for target tensorrt: it says what TensorRT takes instead"
-
-
-def _clean(text: str) -> str:
-    """TensorRT's text on one line, without noise and without the places in its source."""
-    return " ".join(_PLACE.sub("", line).strip() for line in _quiet(text).splitlines()) or "it gives no reason"
-
-
-def _refusal(error: Mapping[str, Any], package: str, options: BuildOptions) -> EngineError:
-    """The child's refusal as an error."""
-    stage, fact = error["stage"], error.get("fact", "")
-    if stage == "parse":
-        return _parse_error(error["errors"], package)
-    if stage == "build":
-        text = _clean(fact)
-        named = [name for name in error["names"] if re.search(rf"(?<![\w/.]){re.escape(name)}(?![\w/])", text)]
-        way_out = "Choose a compute capability that has this type: FP8 from sm89, FP4 from sm120" if "HW-specific datatypes" in text else _LINT
-        return EngineError(f"{package} cannot build it: {text}", where=max(named, key=len, default=None), way_out=way_out)
-    if stage == "capability":
-        return EngineError(f"{package} does not build for {options.capability}", way_out=f"It builds for {', '.join(error['known'])}")
-    if stage == "device":
-        gpu = f"this machine's GPU, {error['device']}" if error["device"] else "the GPU of the machine that it runs on, and there is none here"
-        way_out = f"Build on such a machine, or with package={RTX!r}, which builds for any"
-        return EngineError(f"{package} builds only for {gpu}, not for {options.capability}", way_out=way_out)
-    if stage == "cache":
-        return EngineError(f"the timing cache cannot be used: {fact}", where=str(options.timing_cache), way_out="Delete it, or name another file")
-    if stage == "table":
-        return EngineError(f"{package} gave no layer table, so nothing shows what runs in integers", way_out=TESTED)
-    return EngineError(f"{package} refuses the {stage}: {_clean(fact)}", way_out="Correct it" if stage == "profile" else "Check the GPU and its driver")
-
-
-def _parse_error(errors: Sequence[Mapping[str, Any]], package: str) -> EngineError:
-    """The parser's first finding: node, operator and TensorRT's text."""
-    if not errors:
-        return EngineError(f"{package} cannot parse the file", way_out=_LINT)
-    first = errors[0]
-    op, text = first["op"], _clean(first["fact"])
-    if text == "false" or first["code"] == "UNSUPPORTED_NODE" and text == "it gives no reason":
-        text = f"the operator is not supported ({first['code']})"
-    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    return EngineError(f"{package} refuses {op or 'the file'}: {text}{more}", where=first["node"] or None, way_out=_LINT)
+def _read(pipe: IO[bytes], lines: queue.SimpleQueue[bytes | None]) -> None:
+    for line in pipe:
+        lines.put(line)
+    lines.put(None)

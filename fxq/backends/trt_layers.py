@@ -8,10 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fxq.backends.trt_messages import TESTED
 from fxq.errors import EngineError
 
-TESTED = 'Install the version that fxq was tested with: pip install "tensorrt-rtx==1.7.1.116"'
-"""The way out where the log of TensorRT-RTX, which is text and no API, has changed."""
 WEIGHTED = ("correlation", "gemm", "deconv", "runtime_fusion", "conv", "matrix")
 """Parts of the kinds that multiply by weights or by each other: convolutions and matrix products, by their names in RTX and in TensorRT 10 and 11."""
 
@@ -164,7 +163,7 @@ def runs(layer: Layer) -> str:
     inputs, constants, outputs = ({t.dtype for t in part} for part in (layer.inputs, layer.constants, layer.outputs))
     for dtype in ("int8", "fp8", "fp4", "int4"):
         if layer.weighted and layer.kind != "runtime_fusion":
-            if dtype in inputs and (dtype in constants or sum(t.dtype == dtype for t in layer.inputs) > 1):
+            if dtype in inputs and (dtype in constants or inputs == {dtype}):
                 return dtype
         elif inputs == outputs == {dtype}:
             return dtype

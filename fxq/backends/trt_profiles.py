@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import onnx
 
@@ -15,12 +16,24 @@ DEFAULT_SIZES = (1, 8, 32)
 """Least, best and greatest size of a dynamic dimension when no profile is given."""
 
 
-def inputs(onnx_bytes: bytes) -> dict[str, Shape]:
-    """Input -> its sizes, -1 where they are dynamic."""
+@dataclass(frozen=True)
+class Input:
+    """An input of an ONNX file: its sizes, -1 where they are dynamic, and the names of its dimensions, empty where they have none."""
+
+    sizes: Shape
+    names: tuple[str, ...]
+
+
+def inputs(onnx_bytes: bytes) -> dict[str, Input]:
+    """The inputs of an ONNX file, by name.
+
+    Raises:
+        EngineError: when it is no ONNX file, or an input has no rank.
+    """
     way_out = "Give the bytes of an ONNX file, with its weights inside"
     try:
         graph = onnx.load_model_from_string(onnx_bytes).graph
-    except Exception as e:  # DecodeError of whichever protobuf is installed
+    except Exception as e:  # the DecodeError of whichever protobuf is installed
         raise EngineError("the bytes are no ONNX model", way_out=way_out) from e
     if not graph.output:
         raise EngineError("the ONNX model has no outputs", way_out=way_out)
@@ -31,33 +44,51 @@ def inputs(onnx_bytes: bytes) -> dict[str, Shape]:
             if not value.type.tensor_type.HasField("shape"):
                 way_out = "Export the model with a shape for each input; sizes may be dynamic"
                 raise EngineError("its rank is unknown", where=f"input {value.name!r}", way_out=way_out)
-            found[value.name] = tuple(d.dim_value if d.HasField("dim_value") else -1 for d in value.type.tensor_type.shape.dim)
+            dims = value.type.tensor_type.shape.dim
+            found[value.name] = Input(tuple(d.dim_value if d.HasField("dim_value") else -1 for d in dims), tuple(d.dim_param for d in dims))
     return found
 
 
-def profiles(sizes_of: Mapping[str, Shape], given: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Profile]:
-    """Least, best and greatest shape of every dynamic input.
+def profiles(found: Mapping[str, Input], given: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Profile]:
+    """Least, best and greatest shape of every dynamic input: as given, or :data:`DEFAULT_SIZES` in every dynamic dimension when nothing is given.
+
+    Args:
+        found: from :func:`inputs`.
+        given: input -> three shapes.
 
     Raises:
-        EngineError: for a profile that does not fit the file.
+        EngineError: for a profile that does not fit the file; it names the input.
     """
     for name in given:
-        if name not in sizes_of:
-            raise EngineError("a profile is given for it, and the file has no such input", where=f"input {name!r}", way_out=nearest(str(name), sizes_of))
-    found = {}
-    for name, sizes in sizes_of.items():
-        dynamic = -1 in sizes
+        if name not in found:
+            raise EngineError("a profile is given for it, and the file has no such input", where=f"input {name!r}", way_out=nearest(str(name), found))
+    wanted = {}
+    for name, one in found.items():
+        dynamic = -1 in one.sizes
         if name in given:
-            profile = _profile(name, sizes, given[name])
+            profile = _profile(name, one.sizes, given[name])
         elif dynamic and given:
-            fact = f"its shape {_text(sizes)} is dynamic and it has no profile"
+            fact = f"its shape {_text(one.sizes)} is dynamic and it has no profile"
             raise EngineError(fact, where=f"input {name!r}", way_out="Give least, best and greatest shapes for it too")
         else:
-            least, best, greatest = (tuple(n if size == -1 else size for size in sizes) for n in DEFAULT_SIZES)
+            least, best, greatest = (tuple(n if size == -1 else size for size in one.sizes) for n in DEFAULT_SIZES)
             profile = (least, best, greatest)
         if dynamic:
-            found[name] = profile
-    return found
+            wanted[name] = profile
+    _agree(found, wanted)
+    return wanted
+
+
+def _agree(found: Mapping[str, Input], wanted: Mapping[str, Profile]) -> None:
+    """Dimensions of one name are one size at run time, so their ranges must meet."""
+    seen: dict[str, tuple[str, int, int]] = {}
+    for name, (least, _, greatest) in wanted.items():
+        for size, dim, low, high in zip(found[name].sizes, found[name].names, least, greatest, strict=True):
+            if size == -1 and dim:
+                other, a, b = seen.setdefault(dim, (name, low, high))
+                if max(a, low) > min(b, high):
+                    fact = f"its dimension {dim!r} goes from {low} to {high}, that of input {other!r} from {a} to {b}"
+                    raise EngineError(fact, where=f"input {name!r}", way_out="Dimensions of one name have one size: give them ranges that meet")
 
 
 def _profile(name: str, sizes: Shape, shapes: Sequence[Sequence[int]]) -> Profile:

@@ -86,7 +86,7 @@ def parsed(trt: Any, builder: Any, log: Any, path: Path) -> tuple[Any, Any]:
         for i in range(parser.num_errors):
             error = parser.get_error(i)
             found.append({"node": error.node_name(), "op": error.node_operator(), "fact": error.desc(), "code": error.code().name})
-        raise Refusal("parse", errors=found)
+        raise Refusal("parse", problems(log), errors=found)
     return network, parser
 
 
