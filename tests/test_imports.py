@@ -32,7 +32,7 @@ STREET: tuple[tuple[str, ...], ...] = (
 
 ONE_BACKEND = (
     {"onnx_qdq", "onnx_ops", "onnx_weighted", "onnx_float", "onnx_island", "onnx_limits", "onnx_writer"},
-    {"trt_builder", "trt_engine", "trt_layers", "trt_profiles"},
+    {"trt_builder", "trt_engine", "trt_layers", "trt_messages", "trt_profiles"},
 )
 """The ONNX writer and TensorRT are one backend each in several files, which may import each other; any other import between backends is forbidden."""
 
