@@ -299,10 +299,7 @@ class FakeQuantize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.quantizing:
             return x
-        s = numerics.along(self.scale, self.spec.axis, x.ndim)
-        z = numerics.along(self.zero_point, self.spec.axis, x.ndim)
-        out: Tensor = numerics._FakeQuantize.apply(x, s, z, self.spec.qmin, self.spec.qmax)
-        return out
+        return numerics.fake_quantize_with(x, self.scale, self.zero_point, self.spec)
 
     def extra_repr(self) -> str:
         return str(self.qparams)

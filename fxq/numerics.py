@@ -6,6 +6,7 @@ Bengio et al. 2013 (arXiv 1308.3432).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -69,22 +70,30 @@ def along(v: Tensor, axis: int | None, ndim: int) -> Tensor:
     return v.reshape([-1 if d == axis % ndim else 1 for d in range(ndim)])
 
 
-def _steps(x: Tensor, qp: QParams) -> Tensor:
-    """``rne(x/s) + z`` as float32, before the clamp."""
-    s = along(qp.scale.to(x.device), qp.spec.axis, x.ndim)
-    z = along(qp.zero_point.to(x.device), qp.spec.axis, x.ndim)
-    return torch.round(x.to(torch.float32) / s) + z
+def spread(v: Tensor, spec: QuantSpec, shape: Sequence[int]) -> Tensor:
+    """View (of blocks: a copy) of a scale or zero point of ``spec`` that broadcasts over a tensor of ``shape``."""
+    if spec.block is None or spec.axis is None:
+        return along(v, spec.axis, len(shape))
+    return v.repeat_interleave(spec.block, spec.axis).narrow(spec.axis, 0, shape[spec.axis])
 
 
 def quantize(x: Tensor, qp: QParams) -> Tensor:
-    """Codes ``clamp(rne(x/s) + z, qmin, qmax)`` in ``qp.spec.dtype``, shape of ``x``. NaN is not allowed."""
-    return _steps(x, qp).clamp(qp.spec.qmin, qp.spec.qmax).to(qp.spec.dtype)
+    """Codes ``clamp(rne(x/s) + z, qmin, qmax)`` in ``qp.spec.dtype``, shape of ``x``. NaN is not allowed.
+
+    A ``float8`` code is the nearest number of that type to ``x/s``, saturated (ONNX QuantizeLinear, ``saturate=1``).
+    """
+    steps = x.to(torch.float32) / spread(qp.scale.to(x.device), qp.spec, x.shape)
+    if qp.spec.kind != "float8":
+        steps = torch.round(steps) + spread(qp.zero_point.to(x.device), qp.spec, x.shape)
+    return steps.clamp(qp.spec.qmin, qp.spec.qmax).to(qp.spec.dtype)
 
 
 def dequantize(codes: Tensor, qp: QParams) -> Tensor:
     """Real values ``(code - z) * s`` as float32, shape of ``codes``."""
-    s = along(qp.scale.to(codes.device), qp.spec.axis, codes.ndim)
-    z = along(qp.zero_point.to(codes.device), qp.spec.axis, codes.ndim)
+    s = spread(qp.scale.to(codes.device), qp.spec, codes.shape)
+    if qp.spec.kind == "float8":
+        return codes.to(torch.float32) * s
+    z = spread(qp.zero_point.to(codes.device), qp.spec, codes.shape)
     return (codes.to(torch.int32) - z).to(torch.float32) * s
 
 
@@ -103,19 +112,43 @@ class _FakeQuantize(torch.autograd.Function):
         return grads[0] * inside, None, None, None, None
 
 
+class _FakeFloat8(torch.autograd.Function):
+    """Forward: the nearest E4M3FN number in units of the scale, saturated. Backward: the gradient passes where nothing saturated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, top: int) -> Tensor:
+        steps = x.to(torch.float32) / scale
+        ctx.save_for_backward(steps.abs() <= top)
+        return (steps.clamp(-top, top).to(torch.float8_e4m3fn).to(torch.float32) * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        (inside,) = ctx.saved_tensors
+        return grads[0] * inside, None, None
+
+
+def fake_quantize_with(x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
+    """:func:`fake_quantize` with scale and zero point as tensors (unchecked; a training step needs no more)."""
+    s = spread(scale.to(x.device), spec, x.shape)
+    if spec.kind == "float8":
+        out: Tensor = _FakeFloat8.apply(x, s, spec.qmax)
+    else:
+        out = _FakeQuantize.apply(x, s, spread(zero.to(x.device), spec, x.shape), spec.qmin, spec.qmax)
+    return out
+
+
 def fake_quantize(x: Tensor, qp: QParams) -> Tensor:
     """``dequantize(quantize(x))`` in the dtype of ``x`` with a straight-through gradient.
 
     The gradient is ``g * 1[qmin <= rne(x/s)+z <= qmax]`` (bounds included); scale and zero point get none.
     """
-    s = along(qp.scale.to(x.device), qp.spec.axis, x.ndim)
-    z = along(qp.zero_point.to(x.device), qp.spec.axis, x.ndim)
-    out: Tensor = _FakeQuantize.apply(x, s, z, qp.spec.qmin, qp.spec.qmax)
-    return out
+    return fake_quantize_with(x, qp.scale, qp.zero_point, qp.spec)
 
 
 def rounded(x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
     """Nearest values on grids whose ``scale`` and ``zero`` (float32) broadcast to ``x`` (float32): no gradient, one new tensor. For searches."""
+    if spec.kind == "float8":
+        return torch.div(x, scale).clamp_(spec.qmin, spec.qmax).to(torch.float8_e4m3fn).to(torch.float32).mul_(scale)
     return torch.div(x, scale).round_().add_(zero).clamp_(spec.qmin, spec.qmax).sub_(zero).mul_(scale)
 
 

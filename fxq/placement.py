@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from fxq.graph import kind
+from fxq.graph import kind, module_of
+from fxq.modules import WEIGHTED
 from fxq.pipeline import PassContext
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -36,10 +38,12 @@ class Plan:
             "dynamic": "the scheme quantizes linear layers only",
             "weight-only": "the scheme quantizes weights only",
         }[method]
+        if self.ctx.scheme.weight is not None and self.ctx.scheme.weight.block is not None:
+            layers = ("linear",)
         for node, k in self.kinds.items():
             if node.op not in ("call_module", "call_function", "call_method"):
                 continue
-            reason = self.excluded(node)
+            reason = self.excluded(node) or self._block_fault(node, k)
             if k in layers and reason is None:
                 node.meta["weight_spec"] = str(self.ctx.scheme.weight_spec(k))
                 node.meta["integer"] = method == "dynamic"
@@ -47,6 +51,19 @@ class Plan:
             node.meta.setdefault("integer", False)
             if not node.meta["integer"]:
                 node.meta["float_why"] = reason or why
+
+    def _block_fault(self, node: Node, k: str) -> str | None:
+        """Why the blocks of the scheme's weight do not fit this layer."""
+        block = self.ctx.scheme.weight.block if self.ctx.scheme.weight is not None else None
+        if block is None:
+            return None
+        if k != "linear":
+            return "weights in blocks are for linear layers only" if k in WEIGHTED else None
+        module: Any = module_of(self.gm, node)
+        width, least = module.in_features, 2 if self.target.placement == "inputs" else 1
+        if width % block or width < least * block:
+            return f"its {width} input features are not {least} or more blocks of {block}"
+        return None
 
     def excluded(self, node: Node) -> str | None:
         """Why the user wants this node in float, or ``None``."""

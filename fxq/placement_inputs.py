@@ -77,7 +77,10 @@ class InputsPlan(Plan):
         few = min(module.in_channels, module.out_channels)
         if len(shape(data_inputs(node)[0])) != module.weight.ndim:
             return "its input has no batch dimension"
-        if few < least and not (module.out_channels >= least and self._first(node)):
+        first = module.out_channels >= least and self._first(node)
+        if few < least and first and self.ctx.scheme.activation is not None and self.ctx.scheme.activation.kind == "float8":
+            return f"TensorRT computes a first convolution with {few} channels in float, not in float8"
+        if few < least and not first:
             return f"a convolution with {few} channels on one side is faster in float (from {least} on integers pay)"
         return None
 

@@ -20,6 +20,8 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fxq import modules as m
+from fxq import numerics
+from fxq.backends.onnx_half import on_half_grids
 from fxq.backends.onnxruntime import session
 from fxq.backends.reference import Reference, Step, value_name
 from fxq.errors import ArtifactError
@@ -30,7 +32,7 @@ from fxq.kernels import Codes
 from fxq.lowering import Artifact, contents
 from fxq.snapshot import flat
 from fxq.spec import QParams
-from fxq.verdict import BOUND, FLIPS, Difference, OutputProof, Proof
+from fxq.verdict import BOUND, FLIPS, HALF_BOUND, Difference, OutputProof, Proof
 
 __all__ = ["Difference", "OutputProof", "Proof", "load", "verify"]
 
@@ -61,6 +63,7 @@ class _Ledger:
     exposed: Exposed
     initializers: dict[str, onnx.TensorProto]
     reference: Reference
+    bound: float = BOUND
     count: dict[str, int] = field(default_factory=lambda: dict(elements=0, differ=0, hidden=0, hidden_differ=0, batches=0))
     greatest: float = 0.0
     compared: set[str] = field(default_factory=set)
@@ -69,21 +72,22 @@ class _Ledger:
     differences: dict[str, Difference] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.inexact = _inexact(self.reference)  # nodes whose values float arithmetic may move
+        everything = self.bound > BOUND  # in float16 even an input is rounded before it meets its grid
+        self.inexact = set(self.reference.gm.graph.nodes) if everything else _inexact(self.reference)  # values that float arithmetic may move
 
     def observe(self, step: Step, value: Any) -> Any:
         """Compare one step's result with the runtime's; go on with the runtime's."""
         if step not in self.exposed.tensors:
             return None
         got = _like(self.exposed.get(step), value, step)
-        ours, theirs = (value.codes, got.codes) if isinstance(value, Codes) else (value, got)
+        ours, theirs = (_comparable(value.codes), _comparable(got.codes)) if isinstance(value, Codes) else (value, got)
         wrong = _unequal(ours, theirs)
         self.compared.add(step.name)
         self.count["hidden"] += ours.numel()
         if not bool(wrong.any()):
             return got
         if step.kind == "quantize" and step.core in self.inexact:
-            ties = wrong & _near_half_step(self.reference.rounding, ours, theirs, value.qp)
+            ties = wrong & _near_half_step(self.reference.rounding, ours, theirs, value.qp, self.bound)
             self.ties[step.name] = self.ties.get(step.name, 0) + int(ties.sum())
             wrong = wrong & ~ties
         differ = int(wrong.sum())
@@ -102,7 +106,7 @@ class _Ledger:
         if want.is_floating_point():
             error = _relative(want, theirs, wrong)
             self.outputs[name] = replace(o, error=max(o.error, error))
-            bad = error > BOUND or bool((wrong & (torch.isnan(want) | torch.isnan(theirs))).any())
+            bad = error > self.bound or bool((wrong & (torch.isnan(want) | torch.isnan(theirs))).any())
         else:
             bad = float(wrong.to(torch.float64).mean()) > FLIPS
         if bad:
@@ -176,10 +180,13 @@ def _inexact(reference: Reference) -> set[Node]:
     return found
 
 
-def _near_half_step(value: Tensor, ours: Tensor, theirs: Tensor, qp: QParams) -> Tensor:
+def _near_half_step(value: Tensor, ours: Tensor, theirs: Tensor, qp: QParams, bound: float) -> Tensor:
     """Where two codes are one step apart because ``value`` lies next to the half step between them."""
     a, b, v = ours.to(torch.float64), theirs.to(torch.float64), value.to(torch.float64)
-    allowed = BOUND * v.abs().max() / qp.scale.to(torch.float64)
+    if qp.spec.kind == "float8":  # its steps are not alike: the other code must be what a value within the bound rounds to
+        ends = [numerics.quantize(v + side * bound * v.abs().max(), qp).to(torch.float64) for side in (-1, 1)]
+        return (ends[0] <= b) & (b <= ends[1])
+    allowed = bound * v.abs().max() / qp.scale.to(torch.float64)
     steps = v / qp.scale.to(torch.float64) + qp.zero_point
     return ((a - b).abs() == 1) & ((steps - (a + b) / 2).abs() <= allowed)
 
@@ -191,6 +198,8 @@ def _like(got: Any, value: Any, step: Step) -> Any:
         ArtifactError: when the shapes do not fit.
     """
     t = torch.from_numpy(got)
+    if isinstance(value, Codes) and value.qp.spec.kind == "float8":  # the runtime hands its bits out as bytes
+        t = t.view(torch.float8_e4m3fn)
     ours = value.codes if isinstance(value, Codes) else value
     if t.numel() != ours.numel():
         raise ArtifactError(f"the tensor has shape {list(t.shape)}, the graph {list(ours.shape)}", where=step.name, way_out=FOREIGN)
@@ -200,6 +209,11 @@ def _like(got: Any, value: Any, step: Step) -> Any:
     if t.dtype == torch.uint8 and value.qp.spec.qmin < 0:  # the runtime rewrites s8 as u8
         t = (t.to(torch.int32) + value.qp.spec.qmin).to(value.qp.spec.dtype)
     return Codes(t, value.qp)
+
+
+def _comparable(codes: Tensor) -> Tensor:
+    """torch compares no 8-bit floats."""
+    return codes.to(torch.float32) if codes.dtype == torch.float8_e4m3fn else codes
 
 
 def _unequal(a: Tensor, b: Tensor) -> Tensor:
@@ -241,12 +255,14 @@ def verify(
     """
     model = load(artifact)
     raw = model.SerializeToString()
+    half = any(p.key == "fxq.float" and p.value == "float16" for p in model.metadata_props)
+    gm = on_half_grids(gm) if half else gm
     full, reference = session(raw, "all" if fused else "off", float_matmul=True), Reference(gm, fused)
     names = list(input_names or graph_inputs(gm))
     outputs = [o.name for o in full.get_outputs()]
     _require_own(model, reference, names, [i.name for i in full.get_inputs()])
     exposed = Exposed(raw, reference.steps, _outputs(reference.gm, outputs), "extended" if fused else "off")
-    ledger = _Ledger(exposed, {t.name: t for t in model.graph.initializer}, reference)
+    ledger = _Ledger(exposed, {t.name: t for t in model.graph.initializer}, reference, HALF_BOUND if half else BOUND)
     nodes = _output_nodes(reference.gm)
     whole = len(nodes) == len(outputs)
     exact = [n not in ledger.inexact for n in nodes] if whole else [not ledger.inexact] * len(outputs)
@@ -275,7 +291,7 @@ def _proof(ledger: _Ledger) -> Proof:
     order = {s.name: i for i, s in enumerate(reference.steps)}
     ties = {name: n for name, n in ledger.ties.items() if n}
     return Proof(
-        nodes=len(ledger.compared), planned=len(reference.steps), greatest=ledger.greatest, float_nodes=tuple(reference.float_nodes),
+        nodes=len(ledger.compared), bound=ledger.bound, planned=len(reference.steps), greatest=ledger.greatest, float_nodes=tuple(reference.float_nodes),
         ties=sum(ties.values()), tie_nodes=tuple(ties.items()), outputs=tuple(ledger.outputs.values()),
         missing=tuple(s.name for s in reference.steps if s.name not in ledger.compared),
         differences=tuple(sorted(ledger.differences.values(), key=lambda d: order.get(d.tensor, len(order)))), **ledger.count,

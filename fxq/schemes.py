@@ -20,7 +20,8 @@ class Scheme:
         name: ``<method>_w<bits>a<bits>[_variant]``.
         method: ``float``, ``static`` (ranges from calibration), ``dynamic`` (activation ranges at run time, linear
             layers only) or ``weight-only``.
-        weight: codes of the weights, with ``axis=0`` for one scale per output channel (transposed convs use axis 1).
+        weight: codes of the weights, with ``axis=0`` for one scale per output channel (transposed convs use axis 1); blocks of
+            weight-only linear layers run along the input features, ``axis=1``.
         activation: codes of the activations; ``None`` for float activations.
         activation_observer, weight_observer: one of :data:`OBSERVERS`.
         bias_correction: shift biases by the mean output error that weight rounding causes on the calibration data
@@ -51,6 +52,8 @@ class Scheme:
             raise SchemeError(f"scheme {self.name!r} names the unknown rounding {self.weight_rounding!r}", way_out=way_out)
         if self.method != "float" and self.weight is None:
             raise SchemeError(f"scheme {self.name!r} quantizes nothing: it has no weight grid")
+        if self.weight is not None and self.weight.block is not None and self.method != "weight-only":
+            raise SchemeError(f"scheme {self.name!r} is {self.method}, blocks of weights are for weight-only schemes", way_out="Use axis=0 without a block")
         if self.method in ("static", "dynamic") and self.activation is None:
             raise SchemeError(f"scheme {self.name!r} is {self.method} but has no activation grid")
 
@@ -62,7 +65,7 @@ class Scheme:
     def weight_spec(self, kind: str) -> QuantSpec:
         """Codes of the weight of a ``conv``, ``conv_transpose`` or ``linear``."""
         assert self.weight is not None
-        if self.weight.axis is None or kind != "conv_transpose":
+        if self.weight.axis is None or self.weight.block is not None or kind != "conv_transpose":
             return self.weight
         return replace(self.weight, axis=1)
 
@@ -125,3 +128,8 @@ register(
 )
 register(Scheme("dynamic_w8", "dynamic", S8N.per_tensor(), U8, summary="linear layers: s8 weights, activation ranges at run time"))
 register(Scheme("weight_only_w8", "weight-only", S8N, summary="s8 weights, float arithmetic"))
+F8 = QuantSpec.parse("f8/pc0")
+register(Scheme("fp8_w8a8", "static", F8, F8.per_tensor(), summary="8-bit floats (E4M3): TensorRT from compute capability 8.9 on"))
+for _name, _block in (("weight_only_w4", 128), ("weight_only_w4_b64", 64), ("weight_only_w4_b32", 32)):
+    _spec = QuantSpec.parse(f"s4/pb{_block}x1")
+    register(Scheme(_name, "weight-only", _spec, summary=f"linear layers: s4 weights, a scale for each {_block} input features; float arithmetic"))

@@ -41,7 +41,8 @@ class Target:
         summary: one line for ``--list targets``.
         ops: kind of node -> how it is executed in integers.
         activations: activation grids that the runtime executes in integers (text forms); others are refused.
-        weights: weight grids, likewise.
+        weights: weight grids of schemes with activation grids, likewise; ``weight_only``: of schemes without.
+        dynamic: it takes ranges that are measured at run time.
         int32_bias: the bias is int32 with scale ``s_a * s_w``; otherwise it stays float.
         forms: integer-friendly rewrites that ``legalize`` applies, by name.
         share: kinds whose inputs and output take one grid.
@@ -60,6 +61,8 @@ class Target:
     ops: Mapping[str, OpRule] = field(default_factory=dict)
     activations: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()
+    weight_only: tuple[str, ...] = ()
+    dynamic: bool = False
     int32_bias: bool = True
     forms: tuple[str, ...] = ()
     share: tuple[str, ...] = ()
@@ -100,7 +103,10 @@ class Target:
         Raises:
             SchemeError: naming the grid and the schemes that fit.
         """
-        for role, spec, legal in (("activation", scheme.activation, self.activations), ("weight", scheme.weight, self.weights)):
+        if scheme.method == "dynamic" and not self.dynamic:
+            raise SchemeError(f"target {self.name!r} takes no ranges measured at run time (scheme {scheme.name!r})", way_out=self._way_out("activation", self.activations))
+        weights = self.weight_only if scheme.method == "weight-only" else self.weights
+        for role, spec, legal in (("activation", scheme.activation, self.activations), ("weight", scheme.weight, weights)):
             if spec is not None and str(_plain(spec)) not in legal:
                 raise SchemeError(
                     f"target {self.name!r} does not take {role} grids of {spec} (scheme {scheme.name!r})", way_out=self._way_out(role, legal)
@@ -114,7 +120,8 @@ class Target:
 
 
 def _plain(spec: QuantSpec) -> QuantSpec:
-    return spec.per_tensor()
+    """Per channel is as good as per tensor; blocks are not."""
+    return spec if spec.block is not None else spec.per_tensor()
 
 
 _MOVER = OpRule("same")
@@ -133,20 +140,23 @@ _ORT_OPS: dict[str, OpRule] = {
     "index_select": _MOVER, "pad": _MOVER, "resize": _MOVER,
 }  # fmt: skip
 
+_ORT_WEIGHTS = ("s8n/pt", "s8/pt", "s8a/pt", "s4n/pt", "s4/pt")
 _ORT = Target(
     "onnxruntime",
     "ONNX Runtime CPU: Q/DQ graphs that fuse into integer kernels",
     ops=_ORT_OPS,
     activations=("u8/pt", "s8/pt"),
-    weights=("s8n/pt", "s8/pt", "s8a/pt", "s4n/pt", "s4/pt"),
+    weights=_ORT_WEIGHTS,
+    weight_only=(*_ORT_WEIGHTS, "s4/pb32x1", "s4/pb64x1", "s4/pb128x1"),
+    dynamic=True,
     forms=("tidy", "constants", "batch-norm", "hardswish", "silu", "avg-pool", "merge-pad", "relu-first", "resize-point", "prelu", "shuffle"),
     share=("cat",),
     # Signed codes become unsigned inside the runtime, but only where one node reads them: the rest would stay float. And from opset 21 on it
     # refuses its own optimized graph where a signed QuantizeLinear was moved across a reshape or transpose (1.31).
     unsigned_codes=True,
 )
-INT8_FROM = 80
-"""Compute capability from which TensorRT runs int8 layers in int8."""
+INT8_FROM, FLOAT8_FROM = 80, 89
+"""Compute capabilities from which TensorRT runs int8 layers in int8, and takes 8-bit floats."""
 _POINTWISE = ("relu", "clamp", "leaky_relu", "sigmoid", "hardsigmoid", "hardswish", "silu", "gelu", "tanh", "add", "mul", "sub", "div")
 _MOVES = ("max_pool", "reshape", "permute", "slice", "split", "getitem", "index_select", "pad", "resize", "pixel_shuffle")
 _FUSED = "TensorRT computes it in float, fused into the kernel before it; a Q in between would keep them apart"
@@ -156,6 +166,7 @@ _TENSORRT = Target(
     ops={"conv": OpRule("may", always=True), "linear": OpRule("may", always=True), "matmul": OpRule("may", always=True), "cat": _MOVER},
     activations=("s8/pt",),
     weights=("s8n/pt", "s8/pt"),
+    weight_only=("s4/pb64x1", "s4/pb128x1"),
     int32_bias=False,
     forms=("tidy", "merge-pad", "unpack"),
     share=("cat",),
@@ -178,9 +189,11 @@ def _capability(version: int) -> Target:
     """The TensorRT target of one compute capability."""
     name = f"TensorRT for compute capability {version // 10}.{version % 10}"
     target = replace(_TENSORRT, name=f"sm{version}", summary=name, capability=version)
+    if version >= FLOAT8_FROM:
+        return replace(target, activations=(*target.activations, "f8/pt"), weights=(*target.weights, "f8/pt"))
     if version >= INT8_FROM:
         return target
-    return replace(target, summary=f"{name}: float only (int8 layers build and run in float)", activations=(), weights=(), int8="")
+    return replace(target, summary=f"{name}: float only (int8 layers build and run in float)", activations=(), weights=(), weight_only=(), int8="")
 
 
 _TABLE: dict[str, Target] = {t.name: t for t in (_ORT, _TENSORRT, *map(_capability, (75, 80, 86, 89, 120, 121)))}

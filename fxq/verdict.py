@@ -16,6 +16,8 @@ from typing import Any
 
 BOUND = 1e-4
 """Greatest allowed difference of a float operation's result, relative to the greatest magnitude in the tensor."""
+HALF_BOUND = 1e-2
+"""The same where the file computes in float16 between its Q/DQ nodes (11 bits, sums included)."""
 FLIPS = 1e-3
 """Share of an integer output (an argmax, say) of float operations that may differ: where two floats are as good as equal."""
 

@@ -22,16 +22,22 @@ def weight_range(w: Tensor, spec: QuantSpec, observer: str = "minmax") -> tuple[
 
     Args:
         w: float weight of any shape, finite.
-        spec: its grid; ``spec.axis`` is the channel axis.
+        spec: its grid; ``spec.axis`` is the channel axis, or that of the blocks, whose size divides it.
         observer: name.
 
     Returns:
-        ``(lo, hi)``, float32, rank 0 or ``[C]``.
+        ``(lo, hi)``, float32, rank 0, ``[C]``, or of blocks the rank of ``w``.
 
     Raises:
         SchemeError: for an unknown observer.
     """
     w = w.detach().to(torch.float32)
+    if spec.block is not None and spec.axis is not None:
+        moved = w.movedim(spec.axis, -1)
+        cut = moved.reshape(*moved.shape[:-1], -1, spec.block)
+        ends = weight_range(cut.reshape(-1, spec.block), replace(spec, axis=0, block=None), observer)
+        lo, hi = (v.reshape(cut.shape[:-1]).movedim(-1, spec.axis) for v in ends)
+        return lo, hi
     rows = w.reshape(1, -1) if spec.axis is None else w.movedim(spec.axis, 0).flatten(1)
     lo, hi = torch.aminmax(rows, dim=1)
     if observer == "mse":

@@ -1,5 +1,6 @@
 """Schemes: data, checked when they are made; and every built-in one goes the whole street or is refused clearly."""
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -55,8 +56,17 @@ class Block(nn.Module):
         return out
 
 
+def taken(target: str) -> list[str]:
+    """Names of the schemes that a target takes."""
+    names = []
+    for name in schemes.names():
+        with contextlib.suppress(SchemeError):
+            names.append(targets.get(target).scheme(name).name)
+    return names
+
+
 @pytest.mark.parametrize("net", [Cnn, Block])
-@pytest.mark.parametrize("name", schemes.names())
+@pytest.mark.parametrize("name", taken("onnxruntime"))
 def test_every_scheme_ends_in_a_proof(name: str, net: type[nn.Module]) -> None:
     torch.manual_seed(0)
     model, x = net().eval(), torch.randn(16, 3, 16, 16)
@@ -73,6 +83,27 @@ def test_every_scheme_ends_in_a_proof(name: str, net: type[nn.Module]) -> None:
     assert (gemms == []) == static, str(lint)
     error = float(((m(x) - model(x)).norm() / model(x).norm()).detach())
     assert error < (1e-5 if name == "float" else 0.2 if name == "iao_w4a8" else 0.1)
+
+
+def test_who_takes_which_scheme() -> None:
+    ort = set(schemes.names()) - {"fp8_w8a8"}
+    sm86 = {"float", "iao_w8a8_sym", "iao_w8a8_sym_pt", "weight_only_w4", "weight_only_w4_b64"}
+    assert set(taken("onnxruntime")) == ort
+    assert set(taken("sm86")) == set(taken("tensorrt")) == set(taken("sm80")) == sm86
+    assert set(taken("sm89")) == set(taken("sm121")) == {*sm86, "fp8_w8a8"} and taken("sm75") == ["float"]
+
+
+@pytest.mark.parametrize("net", [Cnn, Block])
+@pytest.mark.parametrize("name", taken("sm89"))
+def test_every_scheme_for_tensorrt_is_what_the_simulator_says(name: str, net: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, x = net().eval(), torch.randn(16, 3, 16, 16)
+    m = fxq.compile(model, name, calibration=x, target=replace(targets.get("sm89"), least_channels=1))
+    proof = m.verify(m.lower(), torch.randn(5, 3, 16, 16))
+    assert proof.ok and not proof.missing and proof.nodes == proof.planned, str(proof)
+    assert (proof.nodes > 3) == (schemes.get(name).method == "static")
+    error = float(((m(x) - model(x)).norm() / model(x).norm()).detach())
+    assert error < (1e-5 if name == "float" else 0.1)
 
 
 def test_signed_grids_are_stored_as_unsigned_codes() -> None:
@@ -126,7 +157,7 @@ def test_weight_grids_follow_the_layer() -> None:
 
 def test_the_target_refuses_grids_that_it_does_not_take() -> None:
     odd = Scheme("odd_w8a16", "static", S8N, QuantSpec.parse("u16/pt"))
-    with pytest.raises(SchemeError, match=r"target 'onnxruntime' does not take activation grids of u16/pt \(scheme 'odd_w8a16'\). It takes u8/pt, s8/pt"):
+    with pytest.raises(SchemeError, match=r"target 'onnxruntime' does not take activation grids of u16/pt \(scheme 'odd_w8a16'\). Use scheme='int8', which is 'iao_w8a8' here. It takes u8/pt, s8/pt"):
         targets.get("onnxruntime").require(odd)
     with pytest.raises(SchemeError, match="does not take weight grids of s2n/pc0"):
         fxq.compile(Cnn(), Scheme("odd_w2a8", "static", QuantSpec.parse("s2n/pc0"), U8), calibration=torch.randn(2, 3, 16, 16))

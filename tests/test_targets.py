@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from fxq import schemes, targets
-from fxq.errors import TargetError
+from fxq.errors import SchemeError, TargetError
 from fxq.modules import KINDS
 from fxq.spec import QuantSpec
 
@@ -36,6 +36,31 @@ def test_tables_are_consistent(name: str) -> None:
     assert len(set(t.forms)) == len(t.forms)
 
 
-@pytest.mark.parametrize("scheme", schemes.names())
+@pytest.mark.parametrize("scheme", [n for n in schemes.names() if n != "fp8_w8a8"])
 def test_every_builtin_scheme_runs_on_onnx_runtime(scheme: str) -> None:
     targets.get("onnxruntime").require(schemes.get(scheme))
+
+
+@pytest.mark.parametrize(
+    ("target", "scheme", "text"),
+    [
+        ("sm86", "iao_w8a8", "target 'sm86' does not take activation grids of u8/pt (scheme 'iao_w8a8'). Use scheme='int8', which is 'iao_w8a8_sym' here. It takes s8/pt"),
+        ("tensorrt", "fp8_w8a8", "target 'tensorrt' does not take activation grids of f8/pt (scheme 'fp8_w8a8'). "),
+        ("sm86", "fp8_w8a8", "target 'sm86' does not take activation grids of f8/pt"),
+        ("sm86", "dynamic_w8", "target 'sm86' takes no ranges measured at run time (scheme 'dynamic_w8')"),
+        ("sm86", "weight_only_w8", "target 'sm86' does not take weight grids of s8n/pc0 (scheme 'weight_only_w8')"),
+        ("sm86", "weight_only_w4_b32", "target 'sm86' does not take weight grids of s4/pb32x1"),
+        ("sm75", "int8", "target 'sm75' runs no int8. It runs no quantized activations; choose a compute capability from 8.0 on, or scheme='float'"),
+        ("sm75", "iao_w8a8_sym", "target 'sm75' does not take activation grids of s8/pt"),
+    ],
+)
+def test_tensorrt_refuses_what_it_does_not_run_in_integers(target: str, scheme: str, text: str) -> None:
+    with pytest.raises(SchemeError) as e:
+        targets.get(target).scheme(scheme)
+    assert str(e.value).startswith(text)
+
+
+def test_int8_is_the_best_int8_of_the_target() -> None:
+    assert targets.get("onnxruntime").scheme("int8").name == "iao_w8a8"
+    assert all(targets.get(t).scheme("int8").name == "iao_w8a8_sym" for t in ("tensorrt", "sm80", "sm86", "sm89", "sm120", "sm121"))
+    assert {targets.get(t).family for t in ("tensorrt", "sm75", "sm86")} == {"tensorrt"} and targets.get("onnxruntime").family == "onnxruntime"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -11,9 +12,11 @@ from torch.fx import GraphModule, Node
 
 from fxq import numerics
 from fxq.backends import onnx_float, onnx_ops
+from fxq.backends.onnx_half import LEAST, TOP, to_half
 from fxq.backends.onnx_island import Island, find, schedule, splice
 from fxq.backends.onnx_limits import refusal
 from fxq.backends.onnx_ops import HARD_SIGMOID_WIDTH
+from fxq.backends.onnx_weighted import NIBBLE
 from fxq.backends.onnx_writer import TYPES, Writer, constant
 from fxq.errors import LoweringError
 from fxq.graph import input_names, kind, module_of
@@ -24,6 +27,7 @@ from fxq.spec import QParams
 from fxq.targets import Target
 
 EMITTERS = {**onnx_ops.EMITTERS, **onnx_float.EMITTERS}
+INT4_OPSET, INT4_IR = 21, 10
 MAX_BYTES = 2**31 - 2**20  # a protobuf message ends at 2 GiB; the rest is for the graph
 
 
@@ -31,11 +35,16 @@ class OnnxQdq(Lowering):
     """Writes opset and IR version of the target, a dynamic batch, and names that follow the module path.
 
     Operations that fxq has no emitter for become float islands: torch's exporter writes them and they are spliced in.
+
+    Args:
+        float_dtype: of the tensors between the Q/DQ nodes, float32 or float16 (for targets that place Q/DQ at the inputs of layers:
+            TensorRT); inputs and outputs of the file stay float32.
     """
 
     name: ClassVar[str] = "onnx-qdq"
 
-    def __init__(self) -> None:
+    def __init__(self, float_dtype: torch.dtype = torch.float32) -> None:
+        self.half = float_dtype == torch.float16
         self._found: tuple[GraphModule, list[Island]] | None = None
 
     def _islands(self, gm: GraphModule, target: Target) -> list[Island]:
@@ -46,7 +55,7 @@ class OnnxQdq(Lowering):
 
     def check(self, gm: GraphModule, scheme: Scheme, target: Target) -> list[Issue]:
         """Everything that cannot be written: operations neither fxq nor torch's exporter can write, foreign outputs, files over 2 GiB."""
-        self._found = None
+        target, self._found = _written(scheme, target), None
         issues = [i.fault for i in self._islands(gm, target) if i.fault is not None]
         for node in gm.graph.nodes:
             if node.op == "placeholder":
@@ -55,11 +64,24 @@ class OnnxQdq(Lowering):
                 issues.extend(_output_faults(node.args[0]))
             if node.op == "call_module" and isinstance(module_of(gm, node), Quantized) and refusal(gm, node) is not None:
                 issues.append(Issue(node.name, str(refusal(gm, node)), "Leave the layer float with skip="))
+        issues.extend(self._half_faults(gm, target))
         widths = {id(q.op.weight): q.weight_grid.spec.bits / 8 for q in gm.modules() if isinstance(q, Quantized)}
         size = sum(p.numel() * widths.get(id(p), p.element_size()) for p in gm.parameters())
         if size > MAX_BYTES:
             issues.append(Issue("file", f"the weights take {size / 2**30:.1f} GiB, an ONNX file holds 2", "Quantize more layers, or split the model"))
         return issues
+
+    def _half_faults(self, gm: GraphModule, target: Target) -> list[Issue]:
+        if not self.half:
+            return []
+        if target.placement != "inputs":
+            return [Issue("file", f"target {target.name!r} computes float16 slower than float32 or not at all", "Leave the float type at float32")]
+        grids = [(str(n.target), module_of(gm, n)) for n in gm.graph.nodes if kind(gm, n) == "fake_quantize"]
+        return [
+            Issue(path, f"its scale {float(fq.scale):.3g} is not one that float16 can divide by", "Keep the file in float32 (--float-dtype fp32)")  # type: ignore[arg-type]
+            for path, fq in grids
+            if not LEAST <= float(fq.scale) <= TOP  # type: ignore[arg-type]
+        ]
 
     def emit(self, gm: GraphModule, scheme: Scheme, target: Target) -> Artifact:
         """Bytes of the ModelProto. ``info``: bytes of weights and file, nodes by type, float operations with reasons, islands.
@@ -69,9 +91,10 @@ class OnnxQdq(Lowering):
         """
         from fxq import __version__
 
+        target = _written(scheme, target)
         islands = self._islands(gm, target)
         results = [r for n in gm.graph.nodes if n.op == "output" for r in named_results(n.args[0])]
-        w = Writer(gm, target, input_names(gm) + [name for name, _ in results])
+        w = Writer(gm, target, input_names(gm) + [name for name, _ in results], self.half)
         inputs: list[Any] = []
         for unit in schedule(gm, islands):
             if isinstance(unit, Island):
@@ -88,9 +111,17 @@ class OnnxQdq(Lowering):
         graph = helper.make_graph(w.nodes, type(gm).__name__, inputs, outputs, _used(w))
         opset = [helper.make_opsetid("", target.opset)]
         model = helper.make_model(graph, opset_imports=opset, ir_version=target.ir_version, producer_name="fxq", producer_version=__version__)
-        helper.set_model_props(model, {"fxq.scheme": scheme.name, "fxq.target": target.name, "fxq.version": __version__})
+        props = {"fxq.scheme": scheme.name, "fxq.target": target.name, "fxq.version": __version__}
+        helper.set_model_props(model, {**props, "fxq.float": "float16"} if self.half else props)
+        model = to_half(model) if self.half else model
         data = model.SerializeToString()
         return Artifact(self.name, data, {"bytes": {"total": len(data), "weights": weights}, **_facts(gm, w, islands)})
+
+
+def _written(scheme: Scheme, target: Target) -> Target:
+    """The target with the opset that the scheme's types need."""
+    int4 = scheme.weight is not None and scheme.weight.bits <= NIBBLE and scheme.weight.signed
+    return replace(target, opset=INT4_OPSET, ir_version=INT4_IR) if int4 and target.opset < INT4_OPSET else target
 
 
 def _facts(gm: GraphModule, w: Writer, islands: list[Island]) -> dict[str, Any]:

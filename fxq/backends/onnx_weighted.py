@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from onnx import TensorProto
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 
 from fxq import modules as m
+from fxq import numerics
 from fxq.backends.onnx_writer import Writer, rounding
 from fxq.convolutions import conv_pads
 from fxq.graph import kind, module_of, shape
@@ -68,7 +69,8 @@ def _float_bias(w: Writer, node: Node, op: Any) -> list[str]:
 
 def _weight(w: Writer, node: Node, module: m.Quantized) -> str:
     """Integer weight behind DequantizeLinear. int4 is cast to int8 first: constant folding expands it before the runtime fuses Q/DQ."""
-    out, qp, codes = w.out(node), module.weight_grid.qparams, module.weight_codes()
+    out = w.out(node)
+    qp, codes = _coded(w, out, module)
     s, z = w.grid(f"{out}/weight", qp)
     if qp.spec.bits <= NIBBLE and qp.spec.signed:
         q = w.op("Cast", [w.int4(f"{out}/weight_q4", codes)], f"{out}/weight_q", to=TensorProto.INT8)
@@ -76,6 +78,13 @@ def _weight(w: Writer, node: Node, module: m.Quantized) -> str:
         q = w.const(f"{out}/weight_q", codes)
     axis = {} if qp.spec.axis is None else {"axis": qp.spec.axis}
     return w.op("DequantizeLinear", [q, s, z], f"{out}/weight/dq", **axis)
+
+
+def _coded(w: Writer, out: str, module: m.Quantized) -> tuple[QParams, Tensor]:
+    """The weight's grid as the file holds it, and the codes on it."""
+    qp = w.stored(f"{out}/weight", module.weight_grid.qparams)
+    weight: Any = module.op.weight
+    return qp, numerics.quantize(weight.detach(), qp)
 
 
 def _bias(w: Writer, node: Node, module: m.Quantized) -> list[str]:
@@ -110,10 +119,11 @@ def _linear(w: Writer, node: Node, x: str, weight: str, bias: list[str]) -> str:
 
 def _product(w: Writer, node: Node, module: m.Quantized) -> str:
     """MatMul with the weight as [K, N] and Add: on more than two dimensions the form that TensorRT takes without reshapes."""
-    out, qp, codes = w.out(node), module.weight_grid.qparams, module.weight_codes().T.contiguous()
+    out = w.out(node)
+    qp, codes = _coded(w, out, module)
     s, z = w.grid(f"{out}/weight", qp)
     axis = {} if qp.spec.axis is None else {"axis": 1}
-    weight = w.op("DequantizeLinear", [w.const(f"{out}/weight_q", codes), s, z], f"{out}/weight/dq", **axis)
+    weight = w.op("DequantizeLinear", [w.const(f"{out}/weight_q", codes.T), s, z], f"{out}/weight/dq", **axis)
     bias = _float_bias(w, node, module.op)
     y = w.op("MatMul", [w.input(node), weight], f"{out}/matmul" if bias else out)
     return w.op("Add", [y, *bias], out) if bias else y
@@ -141,8 +151,12 @@ def weight_only(w: Writer, node: Node, module: m.Quantized) -> str:
 
 def _columns(w: Writer, out: str, module: m.Quantized) -> str:
     """Weight [K, N] of a linear layer, dequantized in blocks of 128 rows where K allows (the runtime's fastest), else by column."""
-    qp, codes = module.weight_grid.qparams, module.weight_codes().T.contiguous()
+    qp, codes = _coded(w, out, module)
+    codes = codes.T.contiguous()
     k, n = codes.shape
+    if qp.spec.block is not None:
+        names = [w.int4(f"{out}/weight_q", codes), w.const(f"{out}/weight_scale", qp.scale.T.contiguous())]
+        return w.op("DequantizeLinear", names, f"{out}/weight/dq", axis=0, block_size=qp.spec.block)
     blocks = k // BLOCK if k % BLOCK == 0 else 0
     sizes = (blocks, n) if blocks else (n,)
     small = qp.spec.bits <= NIBBLE and qp.spec.signed

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxq import numerics
+from fxq.backends.onnx_half import half_scale
 from fxq.graph import attr, kind, module_of, shape
 from fxq.modules import FakeQuantize
 from fxq.spec import QParams
@@ -33,10 +34,11 @@ class Writer:
         gm: a converted graph.
         target: runtime of the file.
         reserved: names of the graph's inputs and outputs, which no inner tensor may take.
+        half: the file's float tensors will be float16, so that its scales must be float16 numbers.
     """
 
-    def __init__(self, gm: GraphModule, target: Target, reserved: Iterable[str] = ()) -> None:
-        self.gm, self.target = gm, target
+    def __init__(self, gm: GraphModule, target: Target, reserved: Iterable[str] = (), half: bool = False) -> None:
+        self.gm, self.target, self.half = gm, target, half
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.names: dict[Node, str] = {}
@@ -62,6 +64,10 @@ class Writer:
             return name
         if name in self._alias:
             return self._alias[name]
+        if isinstance(value, Tensor) and value.dtype == torch.float8_e4m3fn:
+            raw = value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            self.initializers[name] = TensorProto(name=name, data_type=TensorProto.FLOAT8E4M3FN, dims=list(value.shape), raw_data=raw)
+            return name
         array = value.detach().cpu().contiguous().numpy() if isinstance(value, Tensor) else np.asarray(value)
         if array.nbytes >= SHARE_FROM:
             twins = self._large.setdefault((array.dtype.str, array.shape, array.reshape(-1)[:16].tobytes()), [])
@@ -86,8 +92,13 @@ class Writer:
         self.initializers[name] = TensorProto(name=name, data_type=TensorProto.INT4, dims=list(codes.shape), raw_data=packed.tobytes())
         return name
 
+    def stored(self, name: str, qp: QParams) -> QParams:
+        """The grid as the file can hold it."""
+        return QParams(qp.spec, half_scale(qp.scale, name), qp.zero_point) if self.half else qp
+
     def grid(self, name: str, qp: QParams) -> tuple[str, str]:
         """Initializers of a grid's scale and zero point."""
+        qp = self.stored(name, qp)
         zero = qp.zero_point.to(torch.int32 if qp.spec.bits > 16 else qp.spec.dtype)
         return self.const(f"{name}_scale", qp.scale), self.const(f"{name}_zero", zero)
 
