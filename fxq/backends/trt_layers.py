@@ -60,14 +60,13 @@ class Layer:
         return any(word in self.kind.lower() for word in WEIGHTED)
 
 
-_ROW = re.compile(
-    r"Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], Constants: \[(?P<constants>.*?)\], Outputs: \[(?P<outputs>.*?)\], "
-    r"TacticName: .*?, StreamId: -?\d+, Metadata: ?(?P<metadata>.*)",
+_HEAD = re.compile(r"Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: (?=\[ \{ Name: |\[\], Constants: \[)", re.DOTALL)
+_TENSOR = re.compile(
+    r"(?:\[|,) \{ Name: (?P<name>.*?), Dimensions: \[(?P<dims>[-\d,]*)\], Strides: \[[-\d,]*\], StrideOrder: \[[-\d,]*\], "
+    r"Datatype: (?P<dtype>\w+), Format: [^}]* \}",
     re.DOTALL,
 )
-_TENSOR = re.compile(
-    r"\{ Name: (?P<name>.*?), Dimensions: \[(?P<dims>[-\d,]*)\], Strides: \[[-\d,]*\], StrideOrder: \[[-\d,]*\], Datatype: (?P<dtype>\w+), Format: ", re.DOTALL
-)
+_TAIL = re.compile(r"TacticName: .*?, StreamId: -?\d+, Metadata: ?(?P<metadata>.*)", re.DOTALL)
 _NODE = "[ONNX Layer: "
 _BETWEEN = re.compile(r"\]\x1f?(?=\[ONNX Layer: )")
 
@@ -87,18 +86,25 @@ def parse_log(text: str) -> tuple[Layer, ...]:
 
 
 def _row(text: str) -> Layer:
-    found = _ROW.fullmatch(text)
-    if found is None:
+    """A line of the table. Names may hold any character, so it is read from left to right, tensor by tensor."""
+    head = _HEAD.match(text)
+    if head is None:
         raise _foreign("a row of the layer table", text)
-    tensors = {part: _tensors(found[part], text) for part in ("inputs", "constants", "outputs")}
-    return Layer(found["name"], found["kind"], **tensors, onnx=_nodes(found["metadata"]))
-
-
-def _tensors(text: str, row: str) -> tuple[TensorInfo, ...]:
-    found = tuple(TensorInfo(m["name"], _dims(m["dims"]), _dtype(m["dtype"])) for m in _TENSOR.finditer(text))
-    if text.strip() and not found:
-        raise _foreign("a row of the layer table", row)
-    return found
+    at, parts = head.end(), []
+    for follows in (", Constants: ", ", Outputs: ", ", "):
+        tensors: list[TensorInfo] = []
+        while found := _TENSOR.match(text, at):
+            tensors.append(TensorInfo(found["name"], _dims(found["dims"]), _dtype(found["dtype"])))
+            at = found.end()
+        end = ("]" if tensors else "[]") + follows
+        if not text.startswith(end, at):
+            raise _foreign("a row of the layer table", text)
+        at += len(end)
+        parts.append(tuple(tensors))
+    tail = _TAIL.fullmatch(text, at)
+    if tail is None:
+        raise _foreign("a row of the layer table", text)
+    return Layer(head["name"], head["kind"], parts[0], parts[1], parts[2], _nodes(tail["metadata"]))
 
 
 def _dims(text: str) -> tuple[int, ...]:
@@ -113,8 +119,8 @@ def _dtype(text: str) -> str:
 
 def _nodes(metadata: str) -> tuple[str, ...]:
     """Names in ``[ONNX Layer: a][ONNX Layer: b]``. A name may hold brackets, though not the sequence that starts the next one."""
-    parts = _BETWEEN.split(metadata.strip())
-    return tuple(dict.fromkeys(p.removesuffix("]").removeprefix(_NODE) for p in parts if p.startswith(_NODE)))
+    parts = _BETWEEN.split(metadata.strip().removesuffix("]"))
+    return tuple(dict.fromkeys(p.removeprefix(_NODE) for p in parts if p.startswith(_NODE)))
 
 
 def parse_inspector(json_text: str) -> tuple[Layer, ...]:

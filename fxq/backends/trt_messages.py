@@ -32,6 +32,13 @@ _WRAPPING = (
 """What stands around the message in TensorRT's texts, and what stays of it."""
 
 
+_WAYS_OUT = {
+    "HW-specific datatypes": "Choose a compute capability that has this type: FP8 from sm89, FP4 from sm120",
+    "within workspace limit": "Allow more workspace",
+}
+"""By words of the builder's messages."""
+
+
 def quiet(text: str) -> str:
     """A message without its noise lines."""
     return "\n".join(line for line in text.splitlines() if line.strip() and not any(word in line for word in NOISE))
@@ -72,9 +79,9 @@ def crash(folder: Path, package: str, code: int) -> EngineError:
         package: that it used.
         code: of its exit; the negative number of a signal.
     """
-    errors = (folder / "stderr.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    if code > 0 and errors:
-        return EngineError(f"{package} cannot be used here: {errors[-1][:300]}", way_out=TESTED)
+    printed = (folder / "stderr.txt").read_text(encoding="utf-8", errors="replace").strip()
+    if code > 0 and "Traceback (most recent call last)" in printed:
+        return EngineError(f"{package} cannot be used here: {printed.splitlines()[-1][:300]}", way_out=TESTED)
     how = f"exit code {code}"
     with contextlib.suppress(ValueError):
         how = f"signal {signal.Signals(-code).name}"
@@ -131,5 +138,5 @@ def _build_error(error: Mapping[str, Any], package: str) -> EngineError:
     """The builder's messages, and the layer that they name."""
     text = clean(error["fact"])
     named = [name for name in error["names"] if name and re.search(rf"(?:^|[( ]){re.escape(name)}[:)]", text)]
-    way_out = "Choose a compute capability that has this type: FP8 from sm89, FP4 from sm120" if "HW-specific datatypes" in text else LINT
+    way_out = next((way for words, way in _WAYS_OUT.items() if words in text), LINT)
     return EngineError(f"{package} cannot build it: {text}", where=max(named, key=len, default=None), way_out=way_out)
