@@ -62,11 +62,11 @@ class Layer:
 
 _HEAD = re.compile(r"Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: (?=\[ \{ Name: |\[\], Constants: \[)", re.DOTALL)
 _TENSOR = re.compile(
-    r"(?:\[|,) \{ Name: (?P<name>.*?), Dimensions: \[(?P<dims>[-\d,]*)\], Strides: \[[-\d,]*\], StrideOrder: \[[-\d,]*\], "
+    r"(?:\[|,) \{ Name: (?P<name>(?:(?!, Datatype: ).)*?), Dimensions: \[(?P<dims>[-\d,]*)\], Strides: \[[-\d,]*\], StrideOrder: \[[-\d,]*\], "
     r"Datatype: (?P<dtype>\w+), Format: [^}]* \}",
     re.DOTALL,
 )
-_TAIL = re.compile(r"TacticName: .*?, StreamId: -?\d+, Metadata: ?(?P<metadata>.*)", re.DOTALL)
+_TAIL = re.compile(r"TacticName: .*?, StreamId: -?\d+(?:, \w+: -?\d+)*, Metadata: ?(?P<metadata>.*)", re.DOTALL)
 _NODE = "[ONNX Layer: "
 _BETWEEN = re.compile(r"\]\x1f?(?=\[ONNX Layer: )")
 

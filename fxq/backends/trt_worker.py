@@ -182,8 +182,8 @@ def build(trt: Any, request: dict[str, Any], folder: Path, send: Send) -> dict[s
         use_cache(trt, config, log, path)
     blob = builder.build_serialized_network(network, config)
     if blob is None:
-        names = [network.get_layer(i).name for i in range(network.num_layers)]
-        raise Refusal("build", problems(log), names=names)
+        layers = [network.get_layer(i) for i in range(network.num_layers)]
+        raise Refusal("build", problems(log), names=[layer.name for layer in layers])
     del parser
     form, table = layer_table(trt, log, blob)
     if path is not None:

@@ -2,7 +2,7 @@
 
 ``$TRT_FAKE`` makes it misbehave: ``no-import``, ``no-builder``, ``abort`` and ``exit`` (while parsing), ``sleep`` and ``broken`` (while
 building), ``no-parse``, ``bad-profile``, ``no-table``, ``no-run``, ``int4-output``, ``fixed``.
-``$TRT_FAKE_PID`` is a file that takes the number of the building process, ``$TRT_FAKE_RACE`` a timing cache that another build writes while this one is at work.
+``$TRT_FAKE_PID`` is a file that takes the number of the building process, ``$TRT_FAKE_RACE`` a timing cache that another build writes meanwhile.
 """
 
 import ctypes
