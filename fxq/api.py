@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxq import admission, graph, schemes, targets
 from fxq.calibration import Batches
-from fxq.errors import CalibrationError, FxqError, LoweringError, SchemeError, TargetError, TraceError, nearest
+from fxq.errors import ArtifactError, CalibrationError, FxqError, LoweringError, SchemeError, TargetError, TraceError, nearest
 from fxq.exported import program_module
 from fxq.heap import young
 from fxq.lowering import Artifact, Lowering
@@ -39,26 +40,50 @@ from fxq.targets import Target
 from fxq.trace import Captured, capture, resized
 
 if TYPE_CHECKING:
+    from fxq.engine_proof import EngineProof
     from fxq.lint import LintReport
+    from fxq.lint_trt_report import TrtReport
     from fxq.proof import Proof
+    from fxq.tensorrt import EngineArtifact
 
+ENGINE_MAGIC = (b"vtrt", b"ftrt")
+"""First bytes of an engine of TensorRT-RTX, of full TensorRT."""
 BACKENDS: dict[str, str] = {
     "onnx-qdq": "ONNX with Q/DQ pairs and integer weights",
     "onnx": "ONNX; the same writer (for the scheme float)",
+    "tensorrt": "TensorRT engine, built with TensorRT-RTX on any machine or with full TensorRT where there is a GPU",
+    "trt-calibration-cache": "scales as a calibration cache for TensorRT 8 to 10.11 (implicit quantization)",
 }
 
 
-def backend(name: str) -> Lowering:
-    """Backend by name, imported when it is asked for.
+def backend(name: str, options: dict[str, Any] | None = None) -> Lowering:
+    """Backend by name with its options, imported when it is asked for.
 
     Raises:
-        TargetError: for an unknown name; the nearest one is offered.
+        TargetError: for an unknown name or option; the nearest one is offered.
     """
     if name not in BACKENDS:
         raise TargetError(f"unknown backend {name!r}", way_out=nearest(name, BACKENDS))
+    make, known = _backend(name)
+    for option in options or {}:
+        if option not in known:
+            raise TargetError(f"backend {name!r} has no option {option!r}", way_out=nearest(option, known) if known else "It has none")
+    return make(**(options or {}))
+
+
+def _backend(name: str) -> tuple[Callable[..., Lowering], tuple[str, ...]]:
+    """How to make a backend, and the names of its options."""
+    if name == "tensorrt":
+        from fxq.tensorrt import EngineOptions, TensorRT
+
+        return lambda **o: TensorRT(EngineOptions(**o)), tuple(f.name for f in fields(EngineOptions))
+    if name == "trt-calibration-cache":
+        from fxq.backends.trt_cache import CalibrationCache
+
+        return CalibrationCache, ("version",)
     from fxq.backends.onnx_qdq import OnnxQdq
 
-    return OnnxQdq()
+    return OnnxQdq, ("float_dtype",)
 
 
 def pipeline_for(scheme: Scheme, observer: str | None = None) -> Pipeline:
@@ -102,6 +127,7 @@ class CompiledModel(nn.Module):
         self.captured, self.history, self.scheme, self.target = captured, history, scheme, target
         self.parts: dict[str, CompiledModel] = {}
         self._reference: Any = None
+        self._engines: dict[str, Artifact] = {}
         self.eval()
 
     def _apply(self, fn: Any, recurse: bool = True) -> CompiledModel:
@@ -162,43 +188,77 @@ class CompiledModel(nn.Module):
         ]
 
     @young()
-    def lower(self, backend_name: str = "onnx-qdq", target: str | Target | None = None) -> Artifact:
+    def lower(self, backend_name: str = "onnx-qdq", target: str | Target | None = None, **options: Any) -> Artifact:
         """Translate into a file's bytes; ``.save(path)`` writes them whole or not at all.
+
+        Args:
+            backend_name: a key of :data:`BACKENDS`.
+            target: runtime; by default the one that the model was compiled for. One compiled for any ``tensorrt`` target can be lowered
+                for each of them (``sm80``, ``sm86``, ... or ``tensorrt``: all from 8.0 on).
+            options: of the backend: ``float_dtype`` (``"fp16"`` for what is not quantized; TensorRT only), and for ``tensorrt`` the fields
+                of :class:`fxq.tensorrt.EngineOptions`; ``trt-calibration-cache`` has ``version``.
 
         Raises:
             LoweringError: with every finding when the backend cannot take the graph.
-            TargetError: unknown backend, or a target other than the one the model was compiled for.
+            TargetError: unknown backend or option, or a target other than the one the model was compiled for.
             SchemeError, CalibrationError: weights that were changed to another type, or to NaN, after compiling.
+            EngineError: TensorRT is missing, refuses the graph or crashes.
         """
         to = self.target if target is None else targets.get(target)
-        if to != self.target:
+        if to != self.target and to.family != self.target.family:
             raise TargetError(
-                f"the model was compiled for {self.target.name!r}, not {to.name!r}", way_out=f"Compile it with target={to.name!r}"
+                f"the model was compiled for {self.target.name!r}, not {to.name!r}", way_out=f"Compile it with target={to.name!r}, scheme='int8'"
             )
+        to.require(self.scheme)
         admission.check_model(self.root)
-        return backend(backend_name).lower(self.graph_module, self.scheme, to)
+        artifact = backend(backend_name, options).lower(self.graph_module, self.scheme, to)
+        if artifact.backend == "tensorrt":
+            self._engines[sha256(artifact.data).hexdigest()] = artifact
+        return artifact
 
-    def lint(self, target: str | None = None) -> LintReport:
+    def lint(self, target: str | None = None) -> LintReport | TrtReport:
         """Which nodes of the lowered file the target executes in integers, which not and why, and the Q/DQ nodes that are left."""
         from fxq.lint import lint
 
-        return lint(self.lower().data, target or self.target.name)
+        return lint(self.lower().data, target or self.target.lint_name)
 
-    def verify(self, artifact: str | os.PathLike[str] | bytes | Artifact, data: Any, *, limit: int | None = None) -> Proof:
+    def verify(
+        self, artifact: str | os.PathLike[str] | bytes | Artifact, data: Any, *, limit: int | None = None
+    ) -> Proof | EngineProof:
         """Run the artifact and compare with the integer reference, node by node and end to end.
 
+        Of a TensorRT engine the builder's layers are compared with the plan and its ONNX file with the simulator; it runs where there is a GPU.
+
         Args:
-            artifact: path or bytes of the lowered ONNX file, or what :meth:`lower` returned.
+            artifact: path or bytes of the lowered file, or what :meth:`lower` returned.
             data: calibration-like data (any iterable of tensors, tuples, dicts).
             limit: at most so many batches.
 
         Raises:
             ArtifactError: when the file is damaged or belongs to another model.
         """
-        from fxq.proof import verify
+        from fxq.lowering import contents
 
         gm = self.graph_module
-        return verify(gm, artifact, Batches(data, gm, limit=limit, what="data to verify with"), fused=self.target.fused)
+        batches = Batches(data, gm, limit=limit, what="data to verify with")
+        raw, where = contents(artifact)
+        if raw.startswith(ENGINE_MAGIC):
+            from fxq import engine_proof
+
+            return engine_proof.verify(gm, self._engine(artifact, raw, where), batches, self)
+        from fxq.proof import verify
+
+        return verify(gm, artifact, batches, fused=self.target.fused)
+
+    def _engine(self, given: Any, raw: bytes, where: str) -> EngineArtifact:
+        """The engine with its layer table: what ``lower`` gave, or the one of these bytes that it gave before."""
+        from fxq.tensorrt import EngineArtifact
+
+        artifact = given if isinstance(given, EngineArtifact) else self._engines.get(sha256(raw).hexdigest())
+        if not isinstance(artifact, EngineArtifact):
+            way_out = "Lower the model again (the same options give the same bytes) and verify that"
+            raise ArtifactError("this engine was not made by this model here, so the types of its layers are not known", where=where, way_out=way_out)
+        return artifact
 
 
 @young()

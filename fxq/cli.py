@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from fxq import cli_engine
 from fxq.errors import ArtifactError, FxqError, InputError
 from fxq.progress import ProgressBar
 
@@ -42,8 +43,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--calibration", metavar="PATH", help="folder of images, .npy or .npz")
     p.add_argument("--calibration-batches", type=_count, metavar="N", help="use at most N batches")
     p.add_argument("--batch-size", type=_count, default=8, metavar="N")
-    p.add_argument("--scheme", default="iao_w8a8")
-    p.add_argument("--target", default="onnxruntime")
+    p.add_argument("--scheme", default="int8", help="see --list schemes; int8, the default, is the int8 that the target runs best")
+    p.add_argument("--target", help="see --list targets (default: onnxruntime, with --to tensorrt: tensorrt)")
     p.add_argument("--observer", help="override the scheme's activation observer")
     p.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="layers that stay float (fnmatch on the module path)")
     p.add_argument("--to", default="onnx-qdq", metavar="BACKEND")
@@ -55,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--print-diff", action="append", default=[], metavar="PASS", help="print what this pass changed")
     p.add_argument("--list", choices=LISTS, help="list what there is, and stop")
     p.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    cli_engine.add_options(p)
     return p
 
 
@@ -81,6 +83,10 @@ def run(a: argparse.Namespace) -> int:
         raise InputError("no model is given", way_out="For example torchvision:resnet18; see fxq-lower --help")
     output = _check_output(a)
     from fxq import api, sources
+    from fxq.pipeline import no_progress
+
+    cli_engine.require_consistent(a)
+    target = a.target or ("tensorrt" if a.to == "tensorrt" else "onnxruntime")
 
     model = sources.model_from(a.source)
     if a.weights:
@@ -90,12 +96,12 @@ def run(a: argparse.Namespace) -> int:
     data = list(sources.calibration_from(Path(a.calibration), a.source, shape, a.batch_size)) if a.calibration else None
     with nullcontext(False) if a.quiet else ProgressBar(lines=True) as progress:
         m = api.compile(
-            model, a.scheme, calibration=data, example=example, target=a.target, skip=tuple(a.skip), observer=a.observer,
+            model, a.scheme, calibration=data, example=example, target=target, skip=tuple(a.skip), observer=a.observer,
             batches=a.calibration_batches, progress=progress,
         )  # fmt: skip
-    artifact = m.lower(a.to)
+        artifact = m.lower(a.to, **cli_engine.lowering_options(a, m, progress or no_progress))
     _show(a, m, artifact)
-    report: dict[str, Any] = {"source": a.source, "scheme": a.scheme, "history": m.history.to_json(), **artifact.info}
+    report: dict[str, Any] = {"source": a.source, "scheme": m.scheme.name, "history": m.history.to_json(), **artifact.info}
     report["float_ops"] = [str(op) for op in m.float_ops]
     code = 0
     if a.verify:
@@ -106,6 +112,8 @@ def run(a: argparse.Namespace) -> int:
     if output is not None:
         artifact.save(output, force=a.force)
         _say(a, f"{output}: {output.stat().st_size:,} bytes")
+    if a.calibration_cache:
+        _say(a, cli_engine.save_cache(a, m))
     if a.report_json:
         from fxq.lowering import Artifact as File
 
@@ -115,7 +123,7 @@ def run(a: argparse.Namespace) -> int:
 
 def _check_output(a: argparse.Namespace) -> Path | None:
     """Refuse an output that cannot be written before the work starts."""
-    for name in filter(None, (a.output, a.report_json)):
+    for name in filter(None, (a.output, a.report_json, a.calibration_cache)):
         path = Path(name)
         if path.is_dir():
             raise ArtifactError("it is a folder", where=name, way_out="Give the name of a file")
@@ -123,8 +131,10 @@ def _check_output(a: argparse.Namespace) -> Path | None:
             raise ArtifactError("the file exists", where=name, way_out="Add --force or choose another name")
         if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
             raise ArtifactError("its folder does not exist or is not writable", where=name, way_out="Make the folder first")
-    if a.output and a.report_json and os.path.realpath(a.output) == os.path.realpath(a.report_json):
-        raise ArtifactError("the model and the report would be the same file", where=a.output, way_out="Give two names")
+    seen: dict[str, str] = {}
+    for what, name in (("model", a.output), ("report", a.report_json), ("calibration cache", a.calibration_cache)):
+        if name and seen.setdefault(os.path.realpath(name), what) != what:
+            raise ArtifactError(f"the {seen[os.path.realpath(name)]} and the {what} would be the same file", where=name, way_out="Give each its own name")
     return Path(a.output) if a.output else None
 
 
@@ -137,6 +147,8 @@ def _show(a: argparse.Namespace, m: CompiledModel, artifact: Artifact) -> None:
         print(m.history)
         for op in m.float_ops:
             print(f"float: {op}")
+    if artifact.backend == "tensorrt":
+        _say(a, cli_engine.plan_text(a, artifact))  # type: ignore[arg-type]
 
 
 def _say(a: argparse.Namespace, text: str) -> None:

@@ -81,6 +81,11 @@ class Target:
         return "tensorrt" if self.placement == "inputs" else self.name
 
     @property
+    def lint_name(self) -> str:
+        """Name of the rules that its files are linted with."""
+        return self.name if self.placement == "outputs" else "tensorrt" if self.capability is None else f"sm{self.capability}"
+
+    @property
     def fused(self) -> bool:
         """The Q/DQ nodes of its files fuse to integer kernels whose every bit is known here."""
         return self.placement == "outputs"

@@ -76,6 +76,7 @@ class Proof:
         ties: elements one step off where a float operation's result was rounded next to a half step; ``tie_nodes`` says how many where.
         batches: batches that were run.
         bound: what was allowed to float operations, see :data:`BOUND`.
+        what: the ``nodes``: fused integer nodes, or quantized tensors of a file that does not fuse.
         outputs: each output, exact or within the bound.
         float_nodes: operations that run in float, which no integer arithmetic can promise.
         missing: tensors of the plan that the runtime's optimizer renamed or removed.
@@ -92,6 +93,7 @@ class Proof:
     ties: int
     batches: int
     bound: float = BOUND
+    what: str = "integer nodes"
     outputs: tuple[OutputProof, ...] = ()
     tie_nodes: tuple[tuple[str, int], ...] = ()
     float_nodes: tuple[str, ...] = ()
@@ -124,7 +126,7 @@ class Proof:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.hidden_differ} of {self.hidden} elements differ ({self.nodes} of {self.planned} integer nodes compared, "
+            f"{self.hidden_differ} of {self.hidden} elements differ ({self.nodes} of {self.planned} {self.what} compared, "
             f"each given the runtime's own inputs; {_count(self.batches, 'batch', 'batches')})",
             *self._outputs(True), *self._outputs(False),
         ]  # fmt: skip
@@ -161,7 +163,7 @@ class Proof:
             return "not proven: an output that no float operation precedes differs"
         if self.exact:
             return "proven: every element is equal"
-        return "proven: integer nodes are equal, outputs behind float operations are within the bound"
+        return f"proven: {self.what} are equal{' but for these' if self.ties else ''}, outputs behind float operations are within the bound"
 
 
 def _some(names: tuple[str, ...]) -> str:

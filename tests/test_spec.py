@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from fxq.errors import SchemeError
 from fxq.spec import QParams, QuantSpec
 
-TEXTS = ["u8/pt", "s8n/pc0", "s8a/pc0", "s4n/pc1", "t2/pc0", "b1/pc0", "u8y/pt", "c5/pt", "s8na/pt", "u1/pt", "s32n/pc0", "u16/pt"]
+TEXTS = ["u8/pt", "s8n/pc0", "s8a/pc0", "s4n/pc1", "t2/pc0", "b1/pc0", "u8y/pt", "c5/pt", "s8na/pt", "u1/pt", "s32n/pc0", "u16/pt", "s4/pb128x1", "s4n/pb32x0", "f8/pt", "f8/pc0"]
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -28,22 +28,24 @@ def test_every_affine_grid_round_trips(bits: int, signed: bool, narrow: bool, sy
     ("u8/pt", 0, 255, torch.uint8), ("s8/pt", -128, 127, torch.int8), ("s8n/pc0", -127, 127, torch.int8), ("s4n/pc0", -7, 7, torch.int8),
     ("u4/pt", 0, 15, torch.uint8), ("u1/pt", 0, 1, torch.uint8), ("b1/pc0", -1, 1, torch.int8), ("t2/pc0", -1, 1, torch.int8),
     ("s16/pt", -(2**15), 2**15 - 1, torch.int16), ("u16/pt", 0, 2**16 - 1, torch.int32), ("s32n/pt", 1 - 2**31, 2**31 - 1, torch.int32),
+    ("s4/pb64x1", -8, 7, torch.int8), ("f8/pc0", -448, 448, torch.float8_e4m3fn),
 ])  # fmt: skip
 def test_codes(text: str, qmin: int, qmax: int, dtype: torch.dtype) -> None:
     spec = QuantSpec.parse(text)
     assert (spec.qmin, spec.qmax, spec.dtype) == (qmin, qmax, dtype)
-    info = torch.iinfo(spec.dtype)
+    info = torch.finfo(spec.dtype) if spec.dtype.is_floating_point else torch.iinfo(spec.dtype)
     assert info.min <= qmin and qmax <= info.max
 
 
 def test_per_tensor_keeps_the_codes() -> None:
-    assert str(QuantSpec.parse("s8n/pc0").per_tensor()) == "s8n/pt"
+    assert str(QuantSpec.parse("s8n/pc0").per_tensor()) == "s8n/pt" and str(QuantSpec.parse("s4/pb64x1").per_tensor()) == "s4/pt"
 
 
 @pytest.mark.parametrize(("arguments", "fact"), [
     ((0, False), "0 bits does not exist"), ((33, True), "33 bits does not exist"), ((8, False, True), "narrow grid must be signed"),
     ((8, True, False, False, None, "fuzzy"), "unknown kind of grid 'fuzzy'"), ((1, True, True), "no positive code"),
-    ((1, True, False, True), "no positive code"),
+    ((1, True, False, True), "no positive code"), ((8, False, False, True, None, "float8"), "a float8 grid is 8 bits, signed and symmetric"),
+    ((4, True, False, True, None, "affine", 64), "at least 2 elements and an axis"), ((4, True, False, True, 1, "affine", 1), "at least 2 elements"),
 ])  # fmt: skip
 def test_grids_that_do_not_exist(arguments: tuple[object, ...], fact: str) -> None:
     with pytest.raises(SchemeError, match=fact):

@@ -18,7 +18,7 @@ from fxq.backends.onnx_limits import refusal
 from fxq.backends.onnx_ops import HARD_SIGMOID_WIDTH
 from fxq.backends.onnx_weighted import NIBBLE
 from fxq.backends.onnx_writer import TYPES, Writer, constant
-from fxq.errors import LoweringError
+from fxq.errors import LoweringError, TargetError
 from fxq.graph import input_names, kind, module_of
 from fxq.lowering import Artifact, Issue, Lowering
 from fxq.modules import FakeQuantize, Quantized
@@ -37,14 +37,16 @@ class OnnxQdq(Lowering):
     Operations that fxq has no emitter for become float islands: torch's exporter writes them and they are spliced in.
 
     Args:
-        float_dtype: of the tensors between the Q/DQ nodes, float32 or float16 (for targets that place Q/DQ at the inputs of layers:
+        float_dtype: type of the tensors between the Q/DQ nodes, ``fp32`` or ``fp16`` (for targets that place Q/DQ at the inputs of layers:
             TensorRT); inputs and outputs of the file stay float32.
     """
 
     name: ClassVar[str] = "onnx-qdq"
 
-    def __init__(self, float_dtype: torch.dtype = torch.float32) -> None:
-        self.half = float_dtype == torch.float16
+    def __init__(self, float_dtype: str = "fp32") -> None:
+        if float_dtype not in ("fp32", "fp16"):
+            raise TargetError(f"unknown float type {float_dtype!r}", way_out="Use fp32 or fp16")
+        self.half = float_dtype == "fp16"
         self._found: tuple[GraphModule, list[Island]] | None = None
 
     def _islands(self, gm: GraphModule, target: Target) -> list[Island]:
