@@ -1,4 +1,4 @@
-"""What ONNX Runtime will execute in integers, predicted from a Q/DQ file alone (:func:`lint`), and what it did (:func:`runtime_report`)."""
+"""What a runtime will execute in integers, predicted from a Q/DQ file alone (:func:`lint`), and what ONNX Runtime did (:func:`runtime_report`)."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal, overload
 
 import onnx
 
+from fxq import lint_trt
 from fxq.errors import ArtifactError, TargetError, nearest
 from fxq.lint_clips import absorb_clips
 from fxq.lint_graph import BYTES, DQ, FLOATS, Net, Op, Q
 from fxq.lint_rules import KERNELS, ON_CODES, Blocked, fuse, fuse_dynamic, match
 from fxq.lint_steps import BEFORE, drop_dq_q, signed_to_unsigned
+from fxq.lint_trt_report import TrtReport
 from fxq.lowering import contents
 
-TARGETS = {"onnxruntime": "ONNX Runtime, CPU provider, all optimizations"}
+TARGETS = {"onnxruntime": "ONNX Runtime, CPU provider, all optimizations", **lint_trt.SUMMARIES}
 GONE = "gone"
 CLIPS = ("Relu", "Clip")  # they vanish: into a kernel or into a Q, which cannot be told apart afterwards
 Source = bytes | str | os.PathLike[str] | onnx.ModelProto
@@ -72,15 +75,22 @@ class LintReport:
         return json.dumps(body, indent=1)
 
 
-def lint(model: Source, target: str = "onnxruntime") -> LintReport:
+@overload
+def lint(model: Source, target: Literal["onnxruntime"] = "onnxruntime") -> LintReport: ...
+@overload
+def lint(model: Source, target: str) -> LintReport | TrtReport: ...
+def lint(model: Source, target: str = "onnxruntime") -> LintReport | TrtReport:
     """Predict how the target executes a Q/DQ file; reads the file only, runs nothing.
 
-    Not predicted: Q/DQ pairs that the runtime's last step, which lays integer convs out channels-last, adds around the Transposes
+    Not predicted for ONNX Runtime: Q/DQ pairs that the runtime's last step, which lays integer convs out channels-last, adds around the Transposes
     it moves into float islands (seen with signed activations on squeeze-excite nets, one pair per block; it never changes what fuses).
 
     Args:
         model: bytes, path or ModelProto of any ONNX file with Q/DQ nodes.
-        target: runtime; ``onnxruntime``.
+        target: ``onnxruntime``, ``tensorrt``, or TensorRT on one compute capability: ``sm75`` (which is refused for int8), ``sm80``, ``sm86``, ...
+
+    Returns:
+        For TensorRT a report with findings (:class:`fxq.lint_trt_report.TrtReport`).
 
     Raises:
         TargetError: for an unknown target; the nearest one is offered.
@@ -88,7 +98,10 @@ def lint(model: Source, target: str = "onnxruntime") -> LintReport:
     """
     if target not in TARGETS:
         raise TargetError(f"no lint rules for target {target!r}", way_out=nearest(target, TARGETS))
-    net = Net(load(model))
+    proto = load(model)
+    if target in lint_trt.CAPABILITIES:
+        return lint_trt.check(proto, target, folder=os.path.dirname(model) if isinstance(model, (str, os.PathLike)) else None)
+    net = Net(proto)
     nodes = compute_nodes(net)
     net.until_stable(BEFORE)
     net.until_stable((absorb_clips,))
