@@ -22,8 +22,8 @@ ONNX_DOMAINS = ("", "ai.onnx")
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 SMALL = 1 << 12
 """Elements of a constant that inference and folding look at; scales and shapes are smaller, weights larger."""
-READABLE = 1 << 24
-"""Elements of a scale or zero point that is read at all."""
+READABLE = 1 << 28
+"""Elements of a constant that is read at all."""
 RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli")
 
 Shape = tuple[int | None, ...]

@@ -131,7 +131,7 @@ def scale_values(graph: Graph, node: Node) -> Iterator[Finding]:
     if graph.unread(name):
         yield not_checked(node, "scale")
         return
-    culprit = _crash(graph, name)
+    culprit = crash(graph, name)
     if culprit is not None and not follows_q(graph, node):
         fact = f"its scale is computed by {culprit.op} {culprit.name} from constants: the parser crashes on it"
         yield _error("scale-expression", node, fact, "Write the scale as an initializer (--fix does where it is exact)")
@@ -152,14 +152,14 @@ def scale_values(graph: Graph, node: Node) -> Iterator[Finding]:
         yield _error("scale-value", node, fact, "Use a scale of at least 1.2e-38")
 
 
-def _crash(graph: Graph, name: str, depth: int = 8) -> Node | None:
+def crash(graph: Graph, name: str, depth: int = 8) -> Node | None:
     """A node of a constant expression that the parser of TensorRT-RTX 1.7.1 crashes on."""
     node = graph.maker.get(name)
     if node is None or not depth or node.is_q or node.is_dq:
         return None
     if node.op.startswith("Reduce") or node.op == "Pow":
         return node
-    return next((found for i in node.inputs if i and (found := _crash(graph, i, depth - 1)) is not None), None)
+    return next((found for i in node.inputs if i and (found := crash(graph, i, depth - 1)) is not None), None)
 
 
 def _which(scales: Array, bad: Array) -> str:

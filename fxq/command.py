@@ -1,0 +1,131 @@
+"""``fxq``: work on files from the command line. Exit code 2 and one line for a user's mistake, never a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from fxq.errors import ArtifactError, FxqError, InputError
+
+if TYPE_CHECKING:
+    import onnx
+
+    from fxq.lint import LintReport
+    from fxq.lint_trt_report import TrtReport
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message, way_out=f"See {self.prog} --help")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The subcommands of ``fxq`` and their options."""
+    p = _Parser("fxq", description="Check and repair quantized ONNX files.")
+    commands = p.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+    lint = commands.add_parser("lint", help="what a runtime will run in integers, reject or compute otherwise", description=_lint.__doc__)
+    lint.add_argument("file", metavar="FILE.onnx")
+    lint.add_argument("--target", default="onnxruntime", metavar="NAME", help="onnxruntime (default), tensorrt, or a compute capability such as sm86")
+    lint.add_argument("--fix", action="store_true", help="repair for TensorRT what can be repaired without changing a number; needs -o")
+    lint.add_argument("-o", "--output", metavar="OUT.onnx", help="the repaired file")
+    lint.add_argument("--force", action="store_true", help="replace an existing file")
+    lint.add_argument("--json", action="store_true", help="print the report as JSON")
+    lint.add_argument("--strict", action="store_true", help="exit code 1 also for warnings and for operations in float")
+    lint.set_defaults(run=_lint)
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    try:
+        a = parser().parse_args(argv)
+        return int(a.run(a))
+    except (FxqError, OSError) as e:
+        if os.environ.get("FXQ_DEBUG", "") not in ("", "0"):
+            raise
+        print("fxq: " + " ".join(str(e).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fxq: stopped", file=sys.stderr)
+        return 130
+
+
+def _lint(a: argparse.Namespace) -> int:
+    """Report what a runtime will run in integers, reject or compute otherwise. Exit code 0: nothing found, 1: errors found, 2: your mistake."""
+    from fxq.lint import lint
+
+    _check_options(a)
+    notes: list[str] = []
+    if a.fix:
+        fixed, notes = _fixed(a)
+        report = lint(fixed, a.target)
+        _save(a, fixed)
+    else:
+        report = lint(a.file, a.target)
+    if a.json:
+        body = json.loads(report.to_json())
+        print(json.dumps({"file": a.file, **({"output": a.output, "repairs": notes} if a.fix else {}), **body}, indent=1))
+    else:
+        print("\n".join([*notes, str(report)]))
+    return _code(report, a.strict)
+
+
+def _check_options(a: argparse.Namespace) -> None:
+    from fxq.errors import TargetError, nearest
+    from fxq.lint import TARGETS
+
+    if a.target not in TARGETS:
+        raise TargetError(f"no lint rules for target {a.target!r}", way_out=nearest(a.target, TARGETS))
+    if a.fix and a.target == "onnxruntime":
+        raise InputError("--fix repairs for TensorRT", way_out="Add --target tensorrt, or one compute capability such as sm86")
+    if a.fix and not a.output:
+        raise InputError("--fix has no file to write", way_out="Add -o OUT.onnx")
+    if a.output and not a.fix:
+        raise InputError("-o is the file that --fix writes", way_out="Add --fix, or leave -o out")
+    if a.fix and os.path.lexists(a.output) and not a.force:
+        raise ArtifactError("the file exists", where=a.output, way_out="Add --force or choose another name")
+
+
+def _fixed(a: argparse.Namespace) -> tuple[onnx.ModelProto, list[str]]:
+    """The repaired model and what was done.
+
+    Raises:
+        InputError: when the weights are in files that the output's folder does not have.
+    """
+    from onnx import TensorProto
+
+    from fxq.lint import load
+    from fxq.lint_trt_fix import fix
+
+    model = load(a.file)
+    outside = any(t.data_location == TensorProto.EXTERNAL for t in model.graph.initializer)
+    if outside and Path(a.file).resolve().parent != Path(a.output).resolve().parent:
+        raise InputError("its weights are in files beside it", where=a.file, way_out=f"Write the output into {Path(a.file).parent} as well")
+    return fix(model, a.target)
+
+
+def _save(a: argparse.Namespace, model: onnx.ModelProto) -> None:
+    from fxq.lowering import Artifact
+
+    try:
+        data = model.SerializeToString()
+    except ValueError as e:  # protobuf's limit of 2 GB
+        raise ArtifactError(f"cannot be written: {e}", where=a.output, way_out="Store the weights in files beside the model") from e
+    Artifact("onnx", data).save(a.output, force=a.force)
+
+
+def _code(report: LintReport | TrtReport, strict: bool) -> int:
+    from fxq.lint_trt_report import TrtReport
+
+    if isinstance(report, TrtReport):
+        return 1 if report.errors or strict and report.findings else 0
+    return 1 if strict and any(o.runs == "float" for o in report.ops) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
