@@ -147,8 +147,8 @@ def _show(a: argparse.Namespace, m: CompiledModel, artifact: Artifact) -> None:
         print(m.history)
         for op in m.float_ops:
             print(f"float: {op}")
-    if artifact.backend == "tensorrt":
-        _say(a, cli_engine.plan_text(a, artifact))  # type: ignore[arg-type]
+    if artifact.backend == "tensorrt" and (a.dry_run or not a.quiet):
+        print(cli_engine.plan_text(a, artifact))  # type: ignore[arg-type]
 
 
 def _say(a: argparse.Namespace, text: str) -> None:

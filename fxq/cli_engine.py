@@ -73,7 +73,8 @@ def plan_text(a: argparse.Namespace, artifact: EngineArtifact) -> str:
     where = "all capabilities from 8.0 on" if info["capability"] is None else f"compute capability {info['capability'] // 10}.{info['capability'] % 10}"
     shapes = "; ".join(f"{name} {' '.join('x'.join(map(str, s)) for s in p)}" for name, p in info["profiles"].items())
     head = f"{info['package']} {info['version']}, {where}, {info['bytes']['total']:,} bytes in {info['seconds']:.1f} s" + (f"; {shapes}" if shapes else "")
-    text = artifact.table() if a.dry_run else "\n".join(line for line in artifact.table().split("\n\n")[-1].splitlines() if " operations run " in line or "not as" in line)
+    lines = artifact.table().splitlines()
+    text = "\n".join(lines if a.dry_run else [line for line in lines if " quantized operations run " in line or line.startswith("not as planned")])
     return f"{text}\n{head}"
 
 

@@ -291,7 +291,8 @@ def _proof(ledger: _Ledger) -> Proof:
     order = {s.name: i for i, s in enumerate(reference.steps)}
     ties = {name: n for name, n in ledger.ties.items() if n}
     return Proof(
-        nodes=len(ledger.compared), bound=ledger.bound, what="integer nodes" if reference.fused else "quantized tensors", planned=len(reference.steps), greatest=ledger.greatest, float_nodes=tuple(reference.float_nodes),
+        nodes=len(ledger.compared), bound=ledger.bound, what="integer nodes" if reference.fused else "quantized tensors",
+        planned=len(reference.steps), greatest=ledger.greatest, float_nodes=tuple(reference.float_nodes),
         ties=sum(ties.values()), tie_nodes=tuple(ties.items()), outputs=tuple(ledger.outputs.values()),
         missing=tuple(s.name for s in reference.steps if s.name not in ledger.compared),
         differences=tuple(sorted(ledger.differences.values(), key=lambda d: order.get(d.tensor, len(order)))), **ledger.count,

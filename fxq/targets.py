@@ -109,7 +109,8 @@ class Target:
             SchemeError: naming the grid and the schemes that fit.
         """
         if scheme.method == "dynamic" and not self.dynamic:
-            raise SchemeError(f"target {self.name!r} takes no ranges measured at run time (scheme {scheme.name!r})", way_out=self._way_out("activation", self.activations))
+            fact = f"target {self.name!r} takes no ranges measured at run time (scheme {scheme.name!r})"
+            raise SchemeError(fact, way_out=self._way_out("activation", self.activations))
         weights = self.weight_only if scheme.method == "weight-only" else self.weights
         for role, spec, legal in (("activation", scheme.activation, self.activations), ("weight", scheme.weight, weights)):
             if spec is not None and str(_plain(spec)) not in legal:

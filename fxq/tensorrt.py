@@ -23,6 +23,7 @@ from fxq.pipeline import Progress, no_progress
 from fxq.schemes import Scheme
 from fxq.targets import Target
 
+
 @dataclass(frozen=True)
 class EngineOptions:
     """How to make an engine; the fields of :class:`~fxq.backends.trt_builder.BuildOptions` under their own names, and:

@@ -31,6 +31,10 @@ from fxq.pipeline import Progress, no_progress
 
 WORKER = Path(__file__).with_name("trt_worker.py")
 FULL, RTX = "tensorrt", "tensorrt_rtx"
+KEPT = ("CUDA", "NV", "TRT", "LD_", "PATH", "HOME", "TMP", "TEMP", "SYSTEMROOT")
+"""How the names of variables begin that the child process gets."""
+STEADY = {"PYTHONHASHSEED": "0", "PYTHONMALLOC": "malloc", "MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TOP_PAD_": str(1 << 26)}
+"""Memory that the builder's threads take lies at addresses that do not depend on who asks first: its internal names follow from them."""
 INSTALL = 'Install it: pip install "fxq[tensorrt]"'
 
 
@@ -181,9 +185,22 @@ def _request(package: str, options: BuildOptions) -> dict[str, Any]:
     device = "sm{}{}".format(*torch.cuda.get_device_capability(0)) if torch.cuda.is_available() else None
     cache = None if options.timing_cache is None else _cache_path(Path(options.timing_cache))
     return {
-        "package": package, "path": [p for p in sys.path if isinstance(p, str)], "capability": capability, "device": device, "level": level,
+        "package": package, "path": _folder(package), "capability": capability, "device": device, "level": level,
         "workspace": workspace, "sparsity": options.sparsity, "timing_cache": cache,
     }  # fmt: skip
+
+
+def _folder(package: str) -> str:
+    """The folder that a package is imported from."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.origin is not None, "asked for before"
+    origin = Path(spec.origin)
+    return str(origin.parent.parent if spec.submodule_search_locations else origin.parent)
+
+
+def _environment() -> dict[str, str]:
+    """Of the child: what TensorRT and the loader of libraries read, and nothing whose length would move its memory."""
+    return {**{k: v for k, v in os.environ.items() if k.startswith(KEPT)}, **STEADY}
 
 
 def _cache_path(path: Path) -> str:
@@ -232,7 +249,7 @@ def _child(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], queue.Simple
     command = [sys.executable, "-P", "-W", "ignore", str(WORKER), str(folder / "request.json")]
     lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     with (folder / "stderr.txt").open("wb") as errors:
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=_environment())
     assert child.stdin is not None and child.stdout is not None
     reader = threading.Thread(target=_read, args=(child.stdout, lines), daemon=True)
     try:

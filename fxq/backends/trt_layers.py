@@ -56,8 +56,8 @@ class Layer:
 
     @property
     def weighted(self) -> bool:
-        """Whether it is a convolution or a matrix product."""
-        return any(word in self.kind.lower() for word in WEIGHTED)
+        """Whether it is a convolution or a matrix product; attention fused into one kernel is one (``_gemm_mha_v2``)."""
+        return any(word in self.kind.lower() for word in WEIGHTED) or self.name.startswith("_gemm_")
 
 
 _HEAD = re.compile(r"Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: (?=\[ \{ Name: |\[\], Constants: \[)", re.DOTALL)

@@ -8,12 +8,14 @@ TensorRT 11 and TensorRT-RTX: strongly typed networks, no precision flags, no ca
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,14 @@ CACHE_MAGIC = b"ptrt"
 """How a timing cache starts."""
 CACHE_DAMAGED = "Failed to deserialize timing cache"
 """What TensorRT warns when it drops a timing cache."""
+
+
+ASK, FIXED_ADDRESSES = 0xFFFFFFFF, 0x0040000
+"""Arguments of Linux's ``personality``: the present one, and ADDR_NO_RANDOMIZE."""
+
+
+SETTLED = 0.01
+"""Seconds in which a thread has taken its memory and sleeps: before the builder takes its own, at addresses that must not depend on who is first."""
 
 
 class Refusal(Exception):
@@ -203,23 +213,48 @@ def protocol() -> Send:
 
 def die_with_parent() -> None:
     """Stop at once when the parent is gone: it holds the other end of stdin."""
+    waiting = threading.Event()
 
     def wait() -> None:
+        waiting.set()
         while os.read(0, 64):
             pass
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+    waiting.wait()
+    time.sleep(SETTLED)
+
+
+def steady() -> None:
+    """Let the builder's threads run in the same order, with memory at the same addresses, every time: its internal names depend on both.
+
+    One processor and no preemption when a thread wakes up (SCHED_BATCH), and a new start without address randomization. Where the system forbids
+    the latter (some containers do), engines of big nets differ from build to build, in these names only as far as it was seen.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        processors = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {processors[os.getpid() % len(processors)]})
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    try:
+        personality = ctypes.CDLL(None).personality
+        now = personality(ASK)
+        if now & FIXED_ADDRESSES or personality(now | FIXED_ADDRESSES) == -1 or not personality(ASK) & FIXED_ADDRESSES:
+            return
+    except (AttributeError, OSError, TypeError):  # not Linux
+        return
+    os.execv(sys.executable, sys.orig_argv)
 
 
 def main() -> None:
     """Do what the request says."""
+    steady()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     send = protocol()
     die_with_parent()
     file = Path(sys.argv[1])
     request = json.loads(file.read_text(encoding="utf-8"))
-    sys.path[:] = request["path"]
+    sys.path.append(request["path"])
     trt = importlib.import_module(request["package"])
     result: dict[str, Any] = {"version": trt.__version__}
     try:

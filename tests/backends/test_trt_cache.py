@@ -32,7 +32,8 @@ def test_a_line_is_a_tensor_of_the_float_file_and_its_scale() -> None:
     head, *lines = artifact.data.decode().splitlines()
     assert head == "TRT-8601-EntropyCalibration2" and artifact.info["scales"] == len(lines) == 2
     scales = {name: struct.unpack(">f", bytes.fromhex(text))[0] for name, text in (line.split(": ") for line in lines)}
-    modules = {str(n.target).removesuffix("_q"): m.graph_module.get_submodule(str(n.target)) for n in m.graph_module.graph.nodes if str(n.target).endswith("_q")}
+    gm = m.graph_module
+    modules = {str(n.target).removesuffix("_q"): gm.get_submodule(str(n.target)) for n in gm.graph.nodes if str(n.target).endswith("_q")}
     assert scales == {name: float(q.scale) for name, q in modules.items()}, "amax / 127, in float32, unrounded"
     plain = fxq.compile(net, "float", example=X, target="tensorrt", progress=False).lower("onnx")
     graph = onnx.load_from_string(plain.data).graph
@@ -40,7 +41,8 @@ def test_a_line_is_a_tensor_of_the_float_file_and_its_scale() -> None:
 
 
 def test_the_golden_vector() -> None:
-    assert struct.pack(">f", np.float32(0.020792)).hex()[:5] == "3caa5" and struct.unpack(">f", bytes.fromhex("3caa54fc"))[0] == pytest.approx(0.020792, abs=5e-7)
+    assert struct.pack(">f", np.float32(0.020792)).hex()[:5] == "3caa5"
+    assert struct.unpack(">f", bytes.fromhex("3caa54fc"))[0] == pytest.approx(0.020792, abs=5e-7)
 
 
 @pytest.mark.parametrize(("version", "number"), [("8.6.1", 8601), ("8.0.3", 8003), ("8.6.1.6", 8601), ("10.3.0", 100300), ("10.11.0", 101100)])
@@ -50,7 +52,11 @@ def test_the_header_names_the_version(version: str, number: int) -> None:
 
 @pytest.mark.parametrize(
     ("version", "text"),
-    [("10.12.0", "TensorRT 10.12.0 reads no calibration cache, versions 8.0 to 10.11 do"), ("7.2.3", "reads no calibration cache"), ("eight", "'eight' is no version")],
+    [
+        ("10.12.0", "TensorRT 10.12.0 reads no calibration cache, versions 8.0 to 10.11 do"),
+        ("7.2.3", "reads no calibration cache"),
+        ("eight", "'eight' is no version"),
+    ],
 )
 def test_versions_without_calibrators_are_refused(version: str, text: str) -> None:
     with pytest.raises(TargetError, match=text):

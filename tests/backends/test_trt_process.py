@@ -142,7 +142,7 @@ def test_killed_by_the_system(fake: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_child_ends_with_its_parent(fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRT_FAKE", "sleep")
     request = {
-        "package": FAKE, "path": sys.path, "capability": None, "device": None, "level": None, "workspace": None, "sparsity": False, "timing_cache": None,
+        "package": FAKE, "path": str(HERE), "capability": None, "device": None, "level": None, "workspace": None, "sparsity": False, "timing_cache": None,
         "profiles": {},
     }  # fmt: skip
     (fake / "request.json").write_text(json.dumps(request))
