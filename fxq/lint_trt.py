@@ -41,7 +41,7 @@ def check(model: onnx.ModelProto, target: str = "tensorrt", folder: str | os.Pat
             ops.append(op)
             findings += [finding] if finding else []
     findings += names(graph)
-    findings = sorted(dict.fromkeys(findings), key=lambda f: f.level != ERROR)
+    findings = sorted(findings, key=lambda f: f.level != ERROR)
     return TrtReport(target, tuple(findings), tuple(ops), tuple(_dynamic(graph)))
 
 

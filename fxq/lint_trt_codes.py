@@ -8,8 +8,8 @@ from onnx import TensorProto
 from fxq.lint_trt_edit import Editor, along, grid, initializer, stays, used
 from fxq.lint_trt_flow import code_type, written_axis
 from fxq.lint_trt_fold import MOVES, fold
-from fxq.lint_trt_graph import ONNX_DOMAINS, Array, Graph, Node, array
-from fxq.lint_trt_ops import INT4, INT8, UINT8
+from fxq.lint_trt_graph import ONNX_DOMAINS, Array, Graph, Node, array, numbers
+from fxq.lint_trt_ops import INT4, INT8, UINT8, WEIGHTED
 
 INT32 = int(TensorProto.INT32)
 SHAPES = ("Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose")
@@ -25,7 +25,7 @@ def fold_constants(edit: Editor, graph: Graph) -> None:
         first = graph.maker.get(node.input(0))
         if not node.is_dq or first is None or first.op not in MOVES or not graph.constant(node.input(0)):
             continue
-        kind, codes = graph.dtype(node.input(0)) or code_type(graph, node), folded(graph, node.input(0))
+        kind, codes = graph.dtype(node.input(0)) or code_type(graph, node) or None, folded(graph, node.input(0))
         if codes is None:
             edit.left.append(f"{node.name}: {first.op} {first.name} before it is not folded: its inputs cannot be read")
             continue
@@ -52,8 +52,9 @@ def float_biases(edit: Editor, graph: Graph) -> None:
             continue
         found = grid(graph, node)
         codes = graph.value(node.input(0))
-        if found is None or codes is None or node.outputs[0] in graph.outputs:
-            edit.left.append(f"{node.name}: int32 codes that are not constant, or an output of the graph")
+        weights = any(op.op in WEIGHTED and slot < 2 for op, slot in graph.users.get(node.output, ()))
+        if found is None or codes is None or weights or node.output in graph.outputs:
+            edit.left.append(f"{node.name}: int32 codes that are not constant, no bias, or an output of the graph")
             continue
         parts = [along(part, codes.shape, written_axis(graph, node)) for part in found]
         if parts[0] is None or parts[1] is None:
@@ -61,7 +62,7 @@ def float_biases(edit: Editor, graph: Graph) -> None:
             continue
         reals = (codes - parts[1]).astype(np.int32).astype(np.float32) * parts[0].astype(np.float32)
         edit.remove(graph, node)
-        graph.proto.initializer.append(initializer(reals.astype(found[0].dtype), node.outputs[0]))
+        graph.proto.initializer.append(initializer(reals.astype(found[0].dtype), node.output))
         edit.done.append(f"{node.name}: int32 bias written in float")
 
 
@@ -92,7 +93,7 @@ def signed_activations(edit: Editor, graph: Graph) -> None:
         if not node.is_q or code_type(graph, node) != UINT8:
             continue
         why = _unsigned_why(graph, node)
-        readers = _dequantizers(graph, node.outputs[0])
+        readers = _dequantizers(graph, node.output)
         if why is None and readers is None:
             why = "its codes are read by others than DequantizeLinear, or leave the graph"
         if why is not None or readers is None:
@@ -103,7 +104,7 @@ def signed_activations(edit: Editor, graph: Graph) -> None:
             given = grid(graph, one)
             shape = given[0].shape if given is not None else ()
             edit.read_from(one, 2, edit.constant(graph, np.zeros(shape, np.int8), f"{one.name}_zero"))
-        edit.forget(graph, _between(graph, node.outputs[0]))
+        edit.forget(graph, _between(graph, node.output))
         edit.done.append(f"{node.name}: uint8 codes written as int8 with zero point 0")
 
 
@@ -118,7 +119,7 @@ def _unsigned_why(graph: Graph, node: Node) -> str | None:
     if np.any(zero):
         return f"a zero point of {int(zero.reshape(-1)[0])} has no symmetric form"
     reach = bounds(graph, node.input(0))
-    smallest = float(scale.astype(np.float64).min()) if scale.size else 0.0
+    smallest = float(numbers(scale).min()) if scale.size else 0.0
     if reach is None or reach[0] < 0 or not smallest > 0 or np.rint(reach[1] / smallest) > 127:
         return "values above 127 steps cannot be excluded"
     return None
@@ -128,8 +129,8 @@ def bounds(graph: Graph, name: str, depth: int = 16) -> tuple[float, float] | No
     """Least and greatest value that a tensor can have, where the graph proves it."""
     value = graph.value(name)
     if value is not None:
-        numbers = np.asarray(value).astype(np.float64)
-        return (float(numbers.min()), float(numbers.max())) if numbers.size and np.all(np.isfinite(numbers)) else None
+        reals = numbers(value)
+        return (float(reals.min()), float(reals.max())) if reals.size and np.all(np.isfinite(reals)) else None
     node = graph.maker.get(name)
     if node is None or not depth or node.domain not in ONNX_DOMAINS:
         return None
@@ -137,7 +138,7 @@ def bounds(graph: Graph, name: str, depth: int = 16) -> tuple[float, float] | No
         return 0.0, 1.0 + SLACK
     if node.op == "Clip":
         low, high = (graph.value(node.input(i)) if node.input(i) else node.attrs.get(key) for i, key in ((1, "min"), (2, "max")))
-        return None if low is None or high is None else (float(np.reshape(low, -1)[0]), float(np.reshape(high, -1)[0]))
+        return None if low is None or high is None else (float(numbers(low).reshape(-1)[0]), float(numbers(high).reshape(-1)[0]))
     if node.op in ("Relu", *SHAPES, "MaxPool", "GlobalMaxPool", "Dropout"):
         given = bounds(graph, node.input(0), depth - 1)
         return given if given is None or node.op != "Relu" else (max(given[0], 0.0), max(given[1], 0.0))
@@ -152,7 +153,7 @@ def _dequantizers(graph: Graph, name: str, depth: int = 8) -> list[Node] | None:
     for node, slot in graph.users.get(name, ()):
         if node.is_dq and slot == 0 and _same_zero(graph, node, name):
             found.append(node)
-        elif node.op in SHAPES and slot == 0 and (behind := _dequantizers(graph, node.outputs[0], depth - 1)) is not None:
+        elif node.op in SHAPES and slot == 0 and (behind := _dequantizers(graph, node.output, depth - 1)) is not None:
             found += behind
         else:
             return None
@@ -173,7 +174,7 @@ def _between(graph: Graph, name: str) -> list[str]:
     found = [name]
     for node in graph.readers(name):
         if node.op in SHAPES:
-            found += _between(graph, node.outputs[0])
+            found += _between(graph, node.output)
     return found
 
 
@@ -185,7 +186,7 @@ def dead_channels(edit: Editor, graph: Graph) -> None:
         if codes is None or found is None or not np.any(found[0] == 0) or np.any(found[1]):
             continue
         zero = along(found[0] == 0, codes.shape, written_axis(graph, node))
-        if zero is None or np.any(np.asarray(codes).astype(np.float64)[np.broadcast_to(zero, codes.shape)] != 0):
+        if zero is None or np.any(numbers(codes)[np.broadcast_to(zero, codes.shape)] != 0):
             edit.left.append(f"{node.name}: its scale is 0 in a channel whose codes are not")
             continue
         scale = found[0].copy()
@@ -198,9 +199,9 @@ def round_trips(edit: Editor, graph: Graph) -> None:
     """A QuantizeLinear behind a DequantizeLinear of the same grid gives the same codes again."""
     for node in graph:
         dq = graph.maker.get(node.input(0)) if node.is_q else None
-        if dq is None or not dq.is_dq or stays(graph, node.outputs[0]) or not _exact(graph, dq, node):
+        if dq is None or not dq.is_dq or stays(graph, node.output) or not _exact(graph, dq, node):
             continue
-        for reader, slot in graph.users.get(node.outputs[0], ()):
+        for reader, slot in graph.users.get(node.output, ()):
             edit.read_from(reader, slot, dq.proto.input[0])
         edit.remove(graph, node)
         edit.done.append(f"{node.name}: dropped, the DequantizeLinear {dq.name} before it has the same grid")
@@ -215,4 +216,4 @@ def _exact(graph: Graph, dq: Node, q: Node) -> bool:
     same = a[0].dtype == b[0].dtype and a[0].shape == b[0].shape and np.array_equal(a[0], b[0]) and np.array_equal(a[1], b[1])
     one_axis = a[0].size == 1 or written_axis(graph, dq) == written_axis(graph, q) and not dq.attrs.get("block_size") and not q.attrs.get("block_size")
     limits = {np.dtype(np.float32): (1.2e-38, 1e36), np.dtype(np.float16): (6.2e-5, 200.0)}.get(a[0].dtype)
-    return same and one_axis and limits is not None and bool(np.all((a[0] >= limits[0]) & (a[0] <= limits[1]))) and used(graph, q.outputs[0])
+    return same and one_axis and limits is not None and bool(np.all((a[0] >= limits[0]) & (a[0] <= limits[1]))) and used(graph, q.output)

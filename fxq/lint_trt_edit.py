@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
-from fxq.lint_trt_graph import Array, Graph, Node, captured, read
+from fxq.lint_trt_graph import Array, Graph, Node, captured, numbers, read
 
 
 class Editor:
@@ -122,7 +122,7 @@ def initializer(array: Array, name: str, kind: int | None = None) -> TensorProto
     """An initializer of an array; ``kind`` when numpy does not know the element type."""
     if kind is None or kind == np_kind(array):
         return numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name)
-    return onnx.helper.make_tensor(name, kind, array.shape, array.astype(np.float32).reshape(-1).tolist())
+    return onnx.helper.make_tensor(name, kind, array.shape, numbers(array).reshape(-1).tolist())
 
 
 def np_kind(array: Array) -> int:
@@ -144,8 +144,11 @@ def grid(graph: Graph, node: Node) -> tuple[Array, Array] | None:
     zero = graph.value(node.input(2))
     if zero is None or zero.size not in (1, scale.size):
         return None
-    numbers = np.asarray(zero).astype(np.float64).astype(np.int64)
-    return scale, np.full(scale.shape, numbers.reshape(-1)[0]) if zero.size == 1 else numbers.reshape(scale.shape)
+    points = numbers(zero)
+    if not np.all(np.isfinite(points)):
+        return None
+    points = points.astype(np.int64)
+    return scale, np.full(scale.shape, points.reshape(-1)[0]) if zero.size == 1 else points.reshape(scale.shape)
 
 
 def along(values: Array, shape: tuple[int, ...], axis: int) -> Array | None:

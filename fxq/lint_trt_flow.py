@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import numpy as np
 from onnx import TensorProto
 
-from fxq.lint_trt_graph import FLOATS, ONNX_DOMAINS, Graph, Node, Shape, elements
+from fxq.lint_trt_graph import FLOATS, ONNX_DOMAINS, Graph, Node, Shape, elements, numbers
 
 DEPTH = 64
 """Nodes looked through at most."""
@@ -69,13 +68,13 @@ def _made_type(graph: Graph, name: str) -> int:
 def written_axis(graph: Graph, node: Node) -> int:
     """The axis of a vector of scales as the parser understands it: unwritten it is 1, and 0 before opset 13, where ONNX has none."""
     axis = node.attrs.get("axis")
-    return int(axis) if isinstance(axis, int) else 1 if graph.opset >= 13 else 0
+    return int(axis) if axis is not None else 1 if graph.opset >= 13 else 0
 
 
 def scale_axis(graph: Graph, node: Node) -> int | None:
     """Dimension of the input along which a vector of scales lies, counted from 0; ``None`` when it is unknown or outside."""
     axis = written_axis(graph, node)
-    shape = graph.shape(node.input(0)) or graph.shape(node.outputs[0] if node.outputs else "")
+    shape = graph.shape(node.input(0)) or graph.shape(node.output)
     if shape is None:
         return axis if axis >= 0 else None
     return axis % len(shape) if shape and -len(shape) <= axis < len(shape) else None
@@ -103,7 +102,7 @@ def _operand(graph: Graph, name: str, depth: int) -> Operand:
     if node.op in ("Mul", "Div"):
         return _scaled(graph, node, depth)
     step = STEPS.get(node.op)
-    if step is None or node.outputs[0] != name and node.op != "Split":
+    if step is None or node.output != name and node.op != "Split":
         return _stop(graph, node)
     given = operand(graph, node.input(0), depth - 1) if node.input(0) else Operand(why="is float")
     return given if given.dq is None else step(graph, node, given) or Operand(why="is float", between=node)
@@ -170,7 +169,7 @@ def _transpose(graph: Graph, node: Node, given: Operand) -> Operand | None:
 def _reshape(graph: Graph, node: Node, given: Operand) -> Operand | None:
     if given.axis is None:
         return given
-    before, after = graph.shape(node.input(0)), graph.shape(node.outputs[0])
+    before, after = graph.shape(node.input(0)), graph.shape(node.output)
     axis = kept(before, after, given.axis)
     return None if axis is None else replace(given, axis=axis)
 
@@ -196,7 +195,7 @@ def known(sizes: Shape) -> int | None:
 def _einsum(graph: Graph, node: Node, given: Operand) -> Operand | None:
     """Of one operand and no sum: a transpose."""
     equation = node.attrs.get("equation") or b""
-    before, arrow, after = equation.decode().replace(" ", "").partition("->")
+    before, arrow, after = equation.decode(errors="replace").replace(" ", "").partition("->")
     if not arrow or not before.isalpha() or len(set(before)) != len(before) or sorted(before) != sorted(after):
         return None
     return given if given.axis is None else replace(given, axis=after.index(before[given.axis])) if given.axis < len(before) else None
@@ -210,7 +209,7 @@ def _widen(graph: Graph, node: Node, given: Operand) -> Operand | None:
     """Tile and Expand: not along the scales."""
     if given.axis is None:
         return given
-    before, after = graph.shape(node.input(0)), graph.shape(node.outputs[0])
+    before, after = graph.shape(node.input(0)), graph.shape(node.output)
     if given.blocks or before is None or after is None:
         return None
     axis = given.axis + len(after) - len(before)
@@ -219,14 +218,14 @@ def _widen(graph: Graph, node: Node, given: Operand) -> Operand | None:
 
 def _pad(graph: Graph, node: Node, given: Operand) -> Operand | None:
     if given.axis is not None:
-        before, after = graph.shape(node.input(0)), graph.shape(node.outputs[0])
+        before, after = graph.shape(node.input(0)), graph.shape(node.output)
         return given if before is not None and None not in before and before == after else None
     if node.attrs.get("mode") not in (None, b"constant"):
         return given
     if not node.input(2):
         return given if not node.attrs.get("value") else None
     value = graph.value(node.input(2))
-    return given if value is not None and value.size == 1 and not float(value.reshape(-1)[0]) else None
+    return given if value is not None and value.size == 1 and not numbers(value).reshape(-1)[0] else None
 
 
 STEPS: dict[str, Callable[[Graph, Node, Operand], Operand | None]] = {
@@ -247,7 +246,7 @@ def _scaled(graph: Graph, node: Node, depth: int) -> Operand:
         shape = graph.shape(node.input(slot))
         if factor is not None and known(factor) == 1:
             value = graph.value(node.input(1 - slot))
-            number = float(value.reshape(-1)[0]) if value is not None else float("nan")
+            number = float(numbers(value).reshape(-1)[0]) if value is not None else float("nan")
             return replace(given, factor=given.factor * (number if node.op == "Mul" else 1 / number if number else 0.0))
         if factor is not None and shape is not None and given.constant and not given.blocks:
             long = [i + len(shape) - len(factor) for i, n in enumerate(factor) if n != 1]
@@ -279,4 +278,4 @@ def _number(graph: Graph, given: Operand) -> object:
     """The scale as a number, or, when it cannot be read, the name of its tensor."""
     name = given.dq.input(1) if given.dq is not None else ""
     value = graph.value(name)
-    return float(np.asarray(value, np.float64).reshape(-1)[0]) * given.factor if value is not None and value.size == 1 else (name, given.factor)
+    return float(numbers(value).reshape(-1)[0]) * given.factor if value is not None and value.size == 1 else (name, given.factor)

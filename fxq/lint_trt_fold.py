@@ -93,7 +93,7 @@ def _reduce(kind: Callable[..., Any]) -> Fold:
 
 def _dequantized(given: list[Array], attrs: Mapping[str, Any]) -> Array:
     codes = given[0].astype(np.float32)
-    if len(given) > 2:
+    if len(given) > 2 and np.any(given[2].astype(np.float32)):
         codes = codes - given[2].astype(np.float32)
     if given[1].ndim == 0 or given[1].size == 1:
         return codes * given[1].reshape(()).astype(np.float32)

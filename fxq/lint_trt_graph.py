@@ -48,6 +48,11 @@ class Node:
         return self.inputs[slot] if slot < len(self.inputs) else ""
 
     @property
+    def output(self) -> str:
+        """Name of the first output, "" when there is none."""
+        return self.outputs[0] if self.outputs else ""
+
+    @property
     def is_q(self) -> bool:
         return self.op == Q
 
@@ -103,8 +108,8 @@ class Graph:
             if a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS):
                 other = next((b for b in twin.attribute if b.name == a.name), a)
                 bodies += zip([a.g] if a.HasField("g") else a.graphs, [other.g] if other.HasField("g") else other.graphs, strict=False)
-            else:
-                attrs[a.name] = attribute(a)
+            elif (value := attribute(a)) is not None:
+                attrs[a.name] = value
         node = Node(
             proto.op_type, proto.domain, tuple(proto.input), tuple(proto.output), proto.name or next(iter(proto.output), proto.op_type), attrs, proto,
         )  # fmt: skip
@@ -116,7 +121,7 @@ class Graph:
             self.maker[name] = node
         tensor = constant_tensor(node)
         if tensor is not None:
-            self.tensors[node.outputs[0]] = tensor
+            self.tensors[node.output] = tensor
         given = [name for name in node.inputs if name]
         if node.op == "Constant" or given and not bodies and node.op not in RANDOM and all(map(self.constant, given)):
             self.constants.update(node.outputs)
@@ -180,7 +185,7 @@ class Graph:
         if tensor is not None:
             return array(tensor) if elements(tensor.dims) <= limit else None
         node = self.maker.get(name)
-        if node is None or node.op not in FOLDS or node.domain not in ONNX_DOMAINS or not depth or not self.constant(name) or node.outputs[0] != name:
+        if node is None or node.op not in FOLDS or node.domain not in ONNX_DOMAINS or not depth or not self.constant(name) or node.output != name:
             return None
         given = [self.value(i, SMALL, depth - 1) if i else None for i in node.inputs]
         if any(i and v is None for i, v in zip(node.inputs, given, strict=True)):
@@ -193,12 +198,25 @@ class Graph:
         return tensor is not None and external_data_helper.uses_external_data(tensor)
 
 
+KINDS: dict[str, type] = {
+    **dict.fromkeys(("axis", "to", "output_dtype", "block_size", "transA", "transB", "keepdims", "allowzero"), int), "equation": bytes, "mode": bytes,
+    **dict.fromkeys(("perm", "axes", "dilations", "starts", "ends"), list),
+}  # fmt: skip
+"""Attributes that are looked at, and what they must be; others are as the file has them."""
+
+
 def attribute(a: onnx.AttributeProto) -> Any:
-    """Value of an attribute; ``None`` for one that cannot be read."""
+    """Value of an attribute; ``None`` for one that cannot be read or is of another kind than its name says."""
     try:
-        return onnx.helper.get_attribute_value(a)
+        value = onnx.helper.get_attribute_value(a)
     except (ValueError, TypeError):
         return None
+    kind = KINDS.get(a.name)
+    if kind is None:
+        return value
+    if kind is list:
+        return list(value) if a.type == onnx.AttributeProto.INTS else None
+    return value if isinstance(value, kind) else None
 
 
 def constant_tensor(node: Node) -> TensorProto | None:
@@ -209,7 +227,7 @@ def constant_tensor(node: Node) -> TensorProto | None:
         if name == "value" and isinstance(value, TensorProto):
             return value
         if name in ("value_float", "value_floats", "value_int", "value_ints") and value is not None:
-            return numpy_helper.from_array(np.asarray(value, np.float32 if "float" in name else np.int64), node.outputs[0])
+            return numpy_helper.from_array(np.asarray(value, np.float32 if "float" in name else np.int64), node.output)
     return None
 
 
@@ -237,6 +255,15 @@ def array(tensor: TensorProto) -> Array | None:
         return np.asarray(numpy_helper.to_array(tensor))
     except (ValueError, TypeError, KeyError, OverflowError, AttributeError):
         return None
+
+
+def numbers(values: Any) -> Array:
+    """As float64; also 4- and 8-bit codes, whose types numpy does not know. Complex values become NaN."""
+    given = np.asarray(values)
+    if given.dtype.kind not in "fiubV":
+        return np.full(given.shape, np.nan)
+    with np.errstate(all="ignore"):
+        return given.astype(np.float64)
 
 
 def read_external(model: onnx.ModelProto, folder: str | os.PathLike[str]) -> onnx.ModelProto:

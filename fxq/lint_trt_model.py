@@ -133,7 +133,7 @@ def constants(graph: Graph) -> Iterator[Finding]:
         for node, slot in graph.users.get(name, ()):
             if node.is_dq and slot == 0 or (node.is_q or node.is_dq) and slot == 2 or node.op in INTEGER_OPS or node.domain not in ONNX_DOMAINS:
                 continue
-            if all((user.is_q or user.is_dq) and at == 2 for out in node.outputs for user, at in graph.users.get(out, ())) and node.outputs[0] in graph.users:
+            if all((user.is_q or user.is_dq) and at == 2 for out in node.outputs for user, at in graph.users.get(out, ())) and node.output in graph.users:
                 continue
             fix = "Fold it (--fix does)" if node.op in MOVES else "Dequantize the constant first"
             fact = f"{node.op} reads the quantized constant {name}, which only DequantizeLinear may read"
@@ -168,9 +168,11 @@ def _round_trips(graph: Graph, node: Node) -> Iterator[Finding]:
         dq = graph.maker.get(name)
         q = graph.maker.get(dq.input(0)) if dq is not None and dq.is_dq else None
         source = graph.maker.get(q.input(0)) if q is not None and q.is_q else None
-        if source is None or dq is None or q is None or source.op not in WEIGHTED or len(graph.users.get(source.outputs[0], ())) > 1:
+        if source is None or dq is None or q is None or source.op not in WEIGHTED or len(graph.users.get(source.output, ())) > 1:
             continue
-        if len(graph.users.get(dq.outputs[0], ())) == 1:
+        if any((other := graph.maker.get(i)) is not None and other.op in WEIGHTED for i in node.inputs):
+            continue  # that one fuses, this one is the skip connection
+        if len(graph.users.get(dq.output, ())) == 1:
             where = "the other input of the Add" if node.op == "Add" else f"what stands behind {node.op}"
             fact = f"stands between {source.op} {source.name} and {node.op} {node.name}: it keeps them apart and its rounding stays"
             yield Finding(WARNING, "round-trip", q.name, fact, f"Quantize {where} instead")

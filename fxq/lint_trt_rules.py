@@ -11,7 +11,7 @@ import numpy as np
 from onnx import TensorProto
 
 from fxq.lint_trt_flow import code_type, written_axis
-from fxq.lint_trt_graph import FLOATS, Array, Graph, Node, Shape, elements
+from fxq.lint_trt_graph import FLOATS, Array, Graph, Node, Shape, elements, numbers
 from fxq.lint_trt_ops import FP4, FP8, INT4, INT8, SINCE, UINT8, type_name
 from fxq.lint_trt_report import ERROR, WARNING, Finding
 
@@ -48,6 +48,15 @@ def follows_q(graph: Graph, node: Node) -> bool:
     return node.is_dq and maker is not None and maker.is_q
 
 
+def said_before(graph: Graph, node: Node, slot: int) -> bool:
+    """The scale or zero point of a DequantizeLinear is that of the QuantizeLinear before it, where its faults are said."""
+    if not follows_q(graph, node):
+        return False
+    mine, other = node.input(slot), graph.maker[node.input(0)].input(slot)
+    a, b = (graph.value(name) if name else None for name in (mine, other))
+    return mine == other or a is not None and b is not None and set(map(repr, numbers(a).reshape(-1))) == set(map(repr, numbers(b).reshape(-1)))
+
+
 def code_types(graph: Graph, node: Node, capability: int | None) -> Iterator[Finding]:
     """Code types that TensorRT has not, or takes for another."""
     codes, implicit = code_type(graph, node), not node.input(2) and not node.attrs.get("output_dtype")
@@ -77,8 +86,8 @@ def _at(graph: Graph, node: Node) -> str:
     zero = graph.value(node.input(2)) if node.input(2) else None
     if zero is None or not zero.size:
         return ""
-    points = sorted({int(z) for z in zero.reshape(-1)})
-    return f" (zero point {points[0]})" if len(points) == 1 else f" (zero points {points[0]} to {points[-1]})"
+    points = numbers(zero)
+    return f" (zero point {points.min():g})" if points.min() == points.max() else f" (zero points {points.min():g} to {points.max():g})"
 
 
 def zero_points(graph: Graph, node: Node) -> Iterator[Finding]:
@@ -86,14 +95,16 @@ def zero_points(graph: Graph, node: Node) -> Iterator[Finding]:
     name = node.input(2)
     if not name or code_type(graph, node) in (UINT8, TensorProto.INT32):
         return
+    if said_before(graph, node, 2):
+        return
     zero, shape, scale = graph.value(name), graph.shape(name), graph.shape(node.input(1))
     maker = graph.maker.get(name)
     if not graph.constant(name):
         yield _error("zero-point", node, "its zero point is computed at run time", SYMMETRIC)
     elif graph.unread(name):
         yield not_checked(node, "zero point")
-    elif zero is not None and np.any(_numbers(zero) != 0):
-        point = next(z for z in _numbers(zero).reshape(-1) if z != 0)
+    elif zero is not None and np.any(numbers(zero) != 0):
+        point = next(z for z in numbers(zero).reshape(-1) if z != 0)
         yield _error("zero-point", node, f"its zero point is {point:g}: TensorRT is symmetric only", SYMMETRIC)
     elif maker is not None and maker.op not in ("Constant", "Identity", "Cast") and graph.maker.get(name) is not None:
         yield _error("zero-point", node, f"its zero point is computed by {maker.op}", "Write it as an initializer (--fix does)")
@@ -105,11 +116,6 @@ def _count(shape: Shape) -> int:
     return elements(n for n in shape if n is not None)
 
 
-def _numbers(values: Array) -> Array:
-    """As float64; also codes of 4 and 8 bits, whose types numpy does not know."""
-    return np.asarray(values).astype(np.float64)
-
-
 def not_checked(node: Node, what: str) -> Finding:
     """A constant that is stored elsewhere."""
     return Finding(WARNING, "not-checked", node.name, f"its {what} is in an external file that is not here", "Put the file beside the model")
@@ -118,7 +124,7 @@ def not_checked(node: Node, what: str) -> Finding:
 def scale_values(graph: Graph, node: Node) -> Iterator[Finding]:
     """Scales are constant, finite, above 0 and no denormal numbers, of the type of the data."""
     name = node.input(1)
-    kind, data = graph.dtype(name), graph.dtype(node.input(0) if node.is_q else node.outputs[0])
+    kind, data = graph.dtype(name), graph.dtype(node.input(0) if node.is_q else node.output)
     if kind and kind not in FLOATS and kind != TensorProto.FLOAT8E8M0:
         yield _error("scale-type", node, f"its scale is {type_name(kind)}", "Write the scale in the type of the data")
     elif node.is_q and graph.opset < 23 and kind and data in FLOATS and kind != data:
@@ -136,11 +142,9 @@ def scale_values(graph: Graph, node: Node) -> Iterator[Finding]:
         fact = f"its scale is computed by {culprit.op} {culprit.name} from constants: the parser crashes on it"
         yield _error("scale-expression", node, fact, "Write the scale as an initializer (--fix does where it is exact)")
     value = graph.value(name)
-    if value is None or not value.size or kind not in (0, *FLOATS):
+    if value is None or not value.size or kind not in (0, *FLOATS) or said_before(graph, node, 1):
         return
-    scales = _numbers(value)
-    if follows_q(graph, node) and graph.maker[node.input(0)].input(1) == name:
-        return
+    scales = numbers(value)
     if not np.all(np.isfinite(scales)):
         bad = next(s for s in scales.reshape(-1) if not np.isfinite(s))
         yield _error("scale-value", node, f"its scale is {bad}{_which(scales, ~np.isfinite(scales))}", "Calibrate with finite data")
@@ -171,7 +175,7 @@ def scale_shape(graph: Graph, node: Node) -> Iterator[Finding]:
     name = node.input(1)
     value = graph.value(name) if graph.shape(name) is None else None
     scale = value.shape if value is not None else graph.shape(name)
-    data = graph.shape(node.input(0)) or graph.shape(node.outputs[0])
+    data = graph.shape(node.input(0)) or graph.shape(node.output)
     if scale is None or None in scale:
         return
     sizes = tuple(n for n in scale if n is not None)
@@ -220,7 +224,7 @@ def _blocks(graph: Graph, node: Node, sizes: tuple[int, ...], data: Shape | None
 def four_bits(graph: Graph, node: Node) -> Iterator[Finding]:
     """4-bit codes come in pairs, and FP4 activations in blocks."""
     codes = code_type(graph, node)
-    shape = graph.shape(node.input(0)) or graph.shape(node.outputs[0])
+    shape = graph.shape(node.input(0)) or graph.shape(node.output)
     if codes in (INT4, FP4) and shape is not None and None not in shape and _count(shape) % 2 and not follows_q(graph, node):
         yield _error("odd-4bit", node, f"its {type_name(codes)} tensor has an odd number of elements ({_count(shape)})", "Pad it, or use INT8")
     if node.is_q and codes == FP4 and not graph.constant(node.input(0)) and not node.attrs.get("block_size"):

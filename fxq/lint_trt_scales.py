@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from fxq.lint_trt_edit import Editor, grid
+from fxq.lint_trt_edit import Editor, grid, np_kind
 from fxq.lint_trt_flow import code_type, operand
 from fxq.lint_trt_fold import MOVES
-from fxq.lint_trt_graph import Array, Graph, Node
-from fxq.lint_trt_ops import INT4, INT8, WEIGHTED, verdict
+from fxq.lint_trt_graph import FLOATS, Array, Graph, Node, numbers
+from fxq.lint_trt_ops import INT4, INT8, SINCE, UINT8, WEIGHTED, verdict
 from fxq.lint_trt_rules import crash
 
 EXACT = (*MOVES, "Constant", "ConstantOfShape", "Cast", "Mul", "Div", "Add", "Sub", "Neg", "Abs", "Max", "Min", "Sqrt", "ReduceMax", "ReduceMin")
@@ -23,7 +23,7 @@ def scalars(edit: Editor, graph: Graph) -> None:
         if not (node.is_q or node.is_dq) or graph.constant(node.input(0)) or node.attrs.get("block_size"):
             continue
         found = grid(graph, node)
-        if found is not None and found[0].shape == (1,):
+        if found is not None and found[0].shape == (1,) and code_type(graph, node) in (UINT8, *SINCE):
             one_scale(edit, graph, node, found[0])
             edit.done.append(f"{node.name}: scale of shape [1] written as a scalar")
 
@@ -49,11 +49,22 @@ def written_axes(edit: Editor, graph: Graph) -> None:
         if len(shape) > 1 and shape[1] in (None, scale.size):
             edit.write_attribute(node, "axis", 1)
             edit.done.append(f"{node.name}: axis 1 written, ONNX's default")
-        elif len(fitting) == 1 and None not in shape:
+        elif len(fitting) == 1 and None not in shape and _agreeable(graph, node, fitting[0]):
             edit.write_attribute(node, "axis", fitting[0])
             edit.done.append(f"{node.name}: axis {fitting[0]} written, the only one with {scale.size} channels; the file was not legal without")
         else:
-            edit.left.append(f"{node.name}: {scale.size} scales fit none of its axes, or several")
+            edit.left.append(f"{node.name}: {scale.size} scales fit none of its axes, several, or not the output channels")
+
+
+def _agreeable(graph: Graph, node: Node, axis: int) -> bool:
+    """The axis is that of the output channels wherever the scales are used."""
+    node.attrs["axis"] = axis
+    graph.memo.clear()
+    readers = [op for op in graph if op.op in WEIGHTED and len(op.inputs) > 1 and any(operand(graph, op.input(slot)).dq is node for slot in (0, 1))]
+    fine = all(verdict(graph, op, None).code not in ONE_SCALE for op in readers)
+    del node.attrs["axis"]
+    graph.memo.clear()
+    return fine
 
 
 def equal_scales(edit: Editor, graph: Graph) -> None:
@@ -92,7 +103,7 @@ def constants(edit: Editor, graph: Graph) -> None:
             edit.done.append(f"{node.name}: zero point computed by {maker.op} written as an initializer")
         if graph.constant(scale) and crash(graph, scale) is not None:
             value = graph.value(scale) if exact(graph, scale) else None
-            if value is None:
+            if value is None or np_kind(value) not in FLOATS:
                 edit.left.append(f"{node.name}: its scale is computed with rounding that differs between runtimes")
             else:
                 edit.read_from(node, 1, edit.constant(graph, value, f"{node.name}_scale", graph.dtype(scale) or None))
@@ -111,7 +122,7 @@ def counted_zeros(edit: Editor, graph: Graph) -> None:
         if not (node.is_q or node.is_dq) or not node.input(2):
             continue
         scale, zero, kind = graph.value(node.input(1)), graph.value(node.input(2)), graph.dtype(node.input(2))
-        if scale is None or zero is None or zero.size == scale.size or not kind or np.any(np.asarray(zero).astype(np.float64) != 0):
+        if scale is None or zero is None or zero.size == scale.size or not kind or np.any(numbers(zero) != 0):
             continue
         edit.read_from(node, 2, edit.constant(graph, np.zeros(scale.shape, np.int8), f"{node.name}_zero", None if kind == INT8 else kind))
         edit.done.append(f"{node.name}: {zero.size} zero points written as {scale.size}, one per scale")
