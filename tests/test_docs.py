@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fxq import cli, errors, schemes, targets
+from fxq import cli, command, errors, schemes, targets
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
@@ -41,7 +41,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/schemes.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/schemes.md", "docs/tensorrt.md"])
 def test_python_blocks_run(page: str, here: Path) -> None:
     torch.manual_seed(0)
     names: dict[str, object] = {}
@@ -60,6 +60,15 @@ def test_commands_run(page: str, here: Path) -> None:
         assert cli.main(args) == 0, line
 
 
+def test_commands_of_the_tensorrt_page_run(here: Path) -> None:
+    lines = [line for block in blocks("docs/tensorrt.md", "console") for line in block.splitlines() if line]
+    assert [shlex.split(line)[1] for line in lines] == ["fxq-lower"] * 3 + ["fxq"]
+    for line in lines:
+        _, program, *args = shlex.split(line)
+        assert (cli.main(args) if program == "fxq-lower" else command.main(args)) == 0, line
+    assert {"resnet18.engine", "resnet18.trt.onnx", "resnet18.cache"} <= {p.name for p in here.iterdir()}
+
+
 def test_schemes_are_those_of_the_code() -> None:
     made = [[s.name, s.method, str(s.weight or ""), str(s.activation or ""), s.summary] for s in map(schemes.get, schemes.names())]
     assert rows("docs/schemes.md", "scheme") == made
@@ -68,10 +77,10 @@ def test_schemes_are_those_of_the_code() -> None:
 
 def test_targets_are_those_of_the_code() -> None:
     text = (ROOT / "docs/targets.md").read_text()
-    for name in targets.names():
-        t = targets.get(name)
-        assert f"## {name}\n" in text and f"IR {t.ir_version}," in text
-        assert f"opset {t.opset}," in text
+    parts = {p.split("\n")[0]: p for p in text.split("\n## ")[1:]}
+    for t in map(targets.get, targets.names()):
+        part = parts[t.family]
+        assert f"opset {t.opset}, IR {t.ir_version}," in part and (t.name == t.family or f"`{t.name}`" in part)
 
 
 def test_errors_are_those_of_the_code() -> None:
@@ -102,7 +111,7 @@ def test_architecture_names_every_file() -> None:
     named = {n for r in rows("docs/architecture.md", "files") for n in re.findall(r"[\w/]+", r[0])}
     there = {str(p.relative_to(ROOT / "fxq").with_suffix("")) for p in (ROOT / "fxq").rglob("*.py") if p.name != "__init__.py"}
     assert named == there
-    drawn = [row.replace("/", "").split() for row in ("cli\n" + text.split("```\ncli\n")[1].split("```")[0]).splitlines()]
+    drawn = [row.replace("/", "").split() for row in ("cli" + text.split("```\ncli")[1].split("```")[0]).splitlines()]
     assert [set(row) for row in reversed(drawn)] == [set(row) for row in street()]
 
 
