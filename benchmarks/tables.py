@@ -90,14 +90,39 @@ def observers() -> str:
     return f"Top-1 minus float, and calibration time over plain float passes ({source}):\n\n" + table(["net", *columns], cells)
 
 
+def tensorrt() -> str:
+    rows, source = load("tensorrt_int8_sm86")
+    built = [r for r in rows.values() if "MB" in r]
+    low = [c.split(", ")[0].split(" of ") for r in built for c in (r["conv as planned"], r["gemm as planned"])]
+    good, wanted = (sum(int(pair[i]) for pair in low) for i in (0, 1))
+    text = (
+        f"TensorRT, int8 for compute capability 8.6, built without a GPU ({source}): {len(built)} of {len(rows)} classification and "
+        f"segmentation nets of torchvision build; {good} of {wanted} convolutions and products that the rules allow are Int8 in the builder's table; "
+        f"{sum(r.get('same bytes again') == 'yes' for r in built)} give the same bytes again; "
+        f"{sum(r.get('proof') == 'ok' for r in built)} ONNX files give the simulator's codes but for ties."
+    )
+    columns = ["conv as planned", "gemm as planned", "build s", "MB", "elements off", "ties"]
+    cells = [[n, *(rows[n][c] for c in columns)] for n in SHOWN if "elements off" in rows.get(n, {})]
+    return text + "\n\n" + table(["net", *columns], cells)
+
+
+def tensorrt_accuracy() -> str:
+    rows, source = load("tensorrt_accuracy")
+    columns = list(dict.fromkeys(c for r in rows.values() for c in r))
+    text = f"Top-1 on trained nets ({source}), the ONNX file in ONNX Runtime with optimizations off:"
+    return text + "\n\n" + table(["net", *columns], [[k, *(r.get(c, "") for c in columns)] for k, r in rows.items()])
+
+
 TABLES: dict[str, Callable[[], str]] = {"coverage": coverage, "accuracy": accuracy, "speed": speed, "compile": compile_time, "observers": observers}
+TABLES |= {"tensorrt": tensorrt, "tensorrt_accuracy": tensorrt_accuracy}
+SOURCES = {"tensorrt": "tensorrt_int8_sm86"}
 
 
 def main() -> None:
-    for page in (ROOT / "README.md", ROOT / "docs" / "schemes.md"):
+    for page in (ROOT / "README.md", ROOT / "docs" / "schemes.md", ROOT / "docs" / "tensorrt.md"):
         text = page.read_text()
         for name in re.findall(r"<!-- bench:(\w+) -->", text):
-            if not (RESULTS / f"{name}.json").exists():
+            if not (RESULTS / f"{SOURCES.get(name, name)}.json").exists():
                 continue
             made = TABLES[name]().replace("](benchmarks/", "](../benchmarks/" if page.parent.name == "docs" else "](benchmarks/")
             text = re.sub(rf"<!-- bench:{name} -->.*?<!-- /bench:{name} -->", f"<!-- bench:{name} -->\n{made}\n<!-- /bench:{name} -->", text, flags=re.S)

@@ -4,6 +4,8 @@
 scikit-image; calibrated on some, measured on others. They have no ImageNet labels, so the score is how often the top-1 class is the float net's.
 ``digits``: a small CNN trained here in seconds on scikit-learn's handwritten digits; the score is the accuracy on 500 digits it has not seen.
 
+Each net also becomes a TensorRT engine for compute capability 8.6, built here without a GPU; its score is that of the ONNX file that it is built from.
+
 Run: python examples/demo.py [--out FOLDER] [digits] [photographs]. Exit code 1 when a proof fails.
 """
 
@@ -145,9 +147,9 @@ def outputs(run: Callable[[Tensor], Any], x: Tensor) -> Tensor:
         return torch.cat([torch.as_tensor(run(b)) for b in x.split(50)])
 
 
-def runner(data: bytes) -> Callable[[Tensor], Any]:
-    """An ONNX file as a function of a tensor, on one thread."""
-    s = session(data, threads=1)
+def runner(data: bytes, level: str = "all") -> Callable[[Tensor], Any]:
+    """An ONNX file as a function of a tensor, on one thread, at an optimization level of ONNX Runtime."""
+    s = session(data, level, threads=1)
     name = s.get_inputs()[0].name
     return lambda x: s.run(None, {name: x.numpy()})[0]
 
@@ -184,6 +186,8 @@ def process(task: Task, out: Path, console: Console) -> Result:
         "reference": outputs(m.reference, task.test),
         "ONNX Runtime": outputs(runner(artifact.data), task.test),
     }
+    engine, wrong = tensorrt(task, out, console)
+    logits["TensorRT's file"] = outputs(runner(engine, "off"), task.test)
     examples(task, logits, console)
     labels = logits["float"].argmax(1) if task.labels is None else task.labels
     scores = {k: 100 * float((v.argmax(1) == labels).double().mean()) for k, v in logits.items()}
@@ -191,8 +195,19 @@ def process(task: Task, out: Path, console: Console) -> Result:
     return Result(
         task.title, task.score, scores, (len(fp32) / 1e3, len(artifact.data) / 1e3), speedup(fp32, artifact.data, task.test[: task.batch]),
         f"{whole} of {whole + parts}, {lint.q_left} Q + {lint.dq_left} DQ left", f"{proof.hidden_differ:,} of {proof.hidden:,}",
-        faults(task, proof.ok, agrees(lint, runtime_report(artifact.data)), logits),
+        faults(task, proof.ok, agrees(lint, runtime_report(artifact.data)), logits) + wrong,
     )  # fmt: skip
+
+
+def tensorrt(task: Task, out: Path, console: Console) -> tuple[bytes, list[str]]:
+    """Build an engine of one net; the ONNX file that it was built from, and what is wrong with it."""
+    m = fxq.compile(task.net, "int8", calibration=task.calibration.split(32), target="sm86")
+    engine = m.lower("tensorrt")
+    path = engine.save(out / f"{task.title.split()[0].lower()}.engine", force=True)
+    proof = m.verify(engine, task.test[:: 10 * task.every].split(50))
+    made = f"{engine.info['seconds']:.1f} s with {engine.info['package']} {engine.info['version']}"
+    console.print(f"\n{path}, {made}: {proof}", highlight=False, markup=False, soft_wrap=True)
+    return engine.onnx, [] if proof.ok else [f"{task.title}: the engine's proof is not ok"]
 
 
 def faults(task: Task, proven: bool, disagreements: list[str], logits: dict[str, Tensor]) -> list[str]:

@@ -191,6 +191,9 @@ _TENSORRT = Target(
 )
 
 
+_PORTABLE = replace(_TENSORRT, name="portable", summary="tensorrt by another name: one engine for all capabilities from 8.0 on")
+
+
 def _capability(version: int) -> Target:
     """The TensorRT target of one compute capability."""
     name = f"TensorRT for compute capability {version // 10}.{version % 10}"
@@ -202,7 +205,7 @@ def _capability(version: int) -> Target:
     return replace(target, summary=f"{name}: float only (int8 layers build and run in float)", activations=(), weights=(), weight_only=(), int8="")
 
 
-_TABLE: dict[str, Target] = {t.name: t for t in (_ORT, _TENSORRT, *map(_capability, (75, 80, 86, 89, 120, 121)))}
+_TABLE: dict[str, Target] = {t.name: t for t in (_ORT, _TENSORRT, _PORTABLE, *map(_capability, (75, 80, 86, 89, 120, 121)))}
 
 
 def register(target: Target) -> Target:

@@ -64,6 +64,12 @@ def test_a_second_build_gives_the_same_bytes(compiled: fxq.CompiledModel, engine
     assert compiled.lower("tensorrt", target="sm89").data != engine.data, "another capability is another engine"
 
 
+def test_a_portable_engine_is_for_all_capabilities(compiled: fxq.CompiledModel, engine: EngineArtifact) -> None:
+    portable = compiled.lower("tensorrt", target="portable")
+    assert portable.info["capability"] is None and portable.info["mismatches"] == [] and portable.data != engine.data
+    assert compiled.lower("tensorrt", target="tensorrt").data == portable.data
+
+
 def test_verify_says_what_is_proven(compiled: fxq.CompiledModel, engine: EngineArtifact, tmp_path: Path) -> None:
     path = engine.save(tmp_path / "m.engine")
     proof = compiled.verify(path, [X])
