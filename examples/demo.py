@@ -258,7 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         p.error(f"there is no task {unknown[0]!r}; known: {', '.join(TASKS)}")
     a.out.mkdir(parents=True, exist_ok=True)
-    console = Console(width=None if sys.stdout.isatty() else 180)
+    console = Console(width=None if sys.stdout.isatty() else 200)
     start, results = time.perf_counter(), []
     for name in a.tasks or TASKS:
         task = TASKS[name]()
