@@ -7,7 +7,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from fxq.errors import ArtifactError, FxqError, InputError
@@ -92,20 +91,22 @@ def _check_options(a: argparse.Namespace) -> None:
 
 
 def _fixed(a: argparse.Namespace) -> tuple[onnx.ModelProto, list[str]]:
-    """The repaired model and what was done.
+    """The repaired model, its weights inside, and what was done.
 
     Raises:
-        InputError: when the weights are in files that the output's folder does not have.
+        InputError: when weights that are stored beside the file are not there.
     """
-    from onnx import TensorProto
+    import onnx
+    from onnx import external_data_helper
 
     from fxq.lint import load
     from fxq.lint_trt_fix import fix
 
     model = load(a.file)
-    outside = any(t.data_location == TensorProto.EXTERNAL for t in model.graph.initializer)
-    if outside and Path(a.file).resolve().parent != Path(a.output).resolve().parent:
-        raise InputError("its weights are in files beside it", where=a.file, way_out=f"Write the output into {Path(a.file).parent} as well")
+    try:
+        external_data_helper.load_external_data_for_model(model, os.path.dirname(a.file))
+    except (OSError, ValueError, onnx.checker.ValidationError) as e:
+        raise InputError(f"its weights cannot be read: {e}", where=a.file, way_out="Put their files beside the model") from e
     return fix(model, a.target)
 
 
@@ -115,7 +116,7 @@ def _save(a: argparse.Namespace, model: onnx.ModelProto) -> None:
     try:
         data = model.SerializeToString()
     except ValueError as e:  # protobuf's limit of 2 GB
-        raise ArtifactError(f"cannot be written: {e}", where=a.output, way_out="Store the weights in files beside the model") from e
+        raise ArtifactError(f"cannot be written: {e}", where=a.output, way_out="Repair a part of the model, or the code that writes it") from e
     Artifact("onnx", data).save(a.output, force=a.force)
 
 

@@ -9,11 +9,12 @@ from fxq.lint_trt_edit import Editor, along, grid, initializer, stays, used
 from fxq.lint_trt_flow import code_type, written_axis
 from fxq.lint_trt_fold import MOVES, fold
 from fxq.lint_trt_graph import ONNX_DOMAINS, Array, Graph, Node, array, numbers
-from fxq.lint_trt_ops import INT4, INT8, UINT8, WEIGHTED
+from fxq.lint_trt_ops import INT4, INT8, SINCE, UINT8, WEIGHTED
 
 INT32 = int(TensorProto.INT32)
 SHAPES = ("Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose")
 """They may stand between a QuantizeLinear and its DequantizeLinear when the codes change their type."""
+CODES = (INT8, UINT8, INT32, *SINCE)
 UNIT = ("Sigmoid", "Softmax", "HardSigmoid")
 SLACK = 1e-6
 """By how much a softmax may exceed 1 through rounding."""
@@ -25,12 +26,23 @@ def fold_constants(edit: Editor, graph: Graph) -> None:
         first = graph.maker.get(node.input(0))
         if not node.is_dq or first is None or first.op not in MOVES or not graph.constant(node.input(0)):
             continue
-        kind, codes = graph.dtype(node.input(0)) or code_type(graph, node) or None, folded(graph, node.input(0))
-        if codes is None:
+        kind, codes = root_type(graph, node.input(0)), folded(graph, node.input(0))
+        if codes is None or kind not in CODES:
             edit.left.append(f"{node.name}: {first.op} {first.name} before it is not folded: its inputs cannot be read")
             continue
         edit.read_from(node, 0, edit.constant(graph, codes, f"{node.input(0)}_folded", kind))
         edit.done.append(f"{node.name}: {first.op} {first.name} before it folded into the constant")
+
+
+def root_type(graph: Graph, name: str) -> int:
+    """Element type of the constant that nodes move the elements of; 0 when there is none."""
+    for _ in range(16):
+        tensor = graph.tensor(name)
+        if tensor is not None:
+            return tensor.data_type
+        node = graph.maker.get(name)
+        name = node.input(0) if node is not None else ""
+    return 0
 
 
 def folded(graph: Graph, name: str, depth: int = 16) -> Array | None:

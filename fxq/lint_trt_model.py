@@ -173,6 +173,6 @@ def _round_trips(graph: Graph, node: Node) -> Iterator[Finding]:
         if any((other := graph.maker.get(i)) is not None and other.op in WEIGHTED for i in node.inputs):
             continue  # that one fuses, this one is the skip connection
         if len(graph.users.get(dq.output, ())) == 1:
-            where = "the other input of the Add" if node.op == "Add" else f"what stands behind {node.op}"
+            where = "only the other input of the Add" if node.op == "Add" else f"what {node.op} gives"
             fact = f"stands between {source.op} {source.name} and {node.op} {node.name}: it keeps them apart and its rounding stays"
-            yield Finding(WARNING, "round-trip", q.name, fact, f"Quantize {where} instead")
+            yield Finding(WARNING, "round-trip", q.name, fact, f"Leave it out and quantize {where}")

@@ -98,7 +98,8 @@ def constants(edit: Editor, graph: Graph) -> None:
             continue
         zero, scale = node.input(2), node.input(1)
         maker = graph.maker.get(zero)
-        if maker is not None and maker.op not in ("Constant", "Identity", "Cast") and (value := graph.value(zero)) is not None:
+        value = graph.value(zero) if maker is not None and maker.op not in ("Constant", "Identity", "Cast") else None
+        if maker is not None and value is not None and np_kind(value) == code_type(graph, node):
             edit.read_from(node, 2, edit.constant(graph, value, f"{node.name}_zero", graph.dtype(zero) or None))
             edit.done.append(f"{node.name}: zero point computed by {maker.op} written as an initializer")
         if graph.constant(scale) and crash(graph, scale) is not None:
@@ -122,7 +123,7 @@ def counted_zeros(edit: Editor, graph: Graph) -> None:
         if not (node.is_q or node.is_dq) or not node.input(2):
             continue
         scale, zero, kind = graph.value(node.input(1)), graph.value(node.input(2)), graph.dtype(node.input(2))
-        if scale is None or zero is None or zero.size == scale.size or not kind or np.any(numbers(zero) != 0):
+        if scale is None or zero is None or zero.size == scale.size or kind not in (UINT8, *SINCE) or np.any(numbers(zero) != 0):
             continue
         edit.read_from(node, 2, edit.constant(graph, np.zeros(scale.shape, np.int8), f"{node.name}_zero", None if kind == INT8 else kind))
         edit.done.append(f"{node.name}: {zero.size} zero points written as {scale.size}, one per scale")

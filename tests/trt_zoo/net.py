@@ -17,6 +17,7 @@ F32, F16, BF16, I8, U8, I4, U4, FP8, E5M2, FP4, I32, I64, BOOL = (
 )  # fmt: skip
 RANGES = {I8: (-127, 127), U8: (0, 255), I4: (-7, 7), U4: (0, 15), TensorProto.INT2: (-2, 1), TensorProto.UINT2: (0, 3), TensorProto.INT16: (-32767, 32767)}
 RAW = {FP8: ml_dtypes.float8_e4m3fn, E5M2: ml_dtypes.float8_e5m2}
+NUMPY = {I8: np.int8, U8: np.uint8, I32: np.int32, F16: np.float16, TensorProto.INT16: np.int16}
 IR = {10: 5, 13: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 23: 11, 24: 11, 25: 12}
 
 Act = Callable[["Net", str], str]
@@ -70,6 +71,8 @@ class Net:
 
     def const(self, value: Any, dtype: int | None = None, name: str = "") -> str:
         name, array = name or self.name("c"), np.asarray(value)
+        if dtype in NUMPY:
+            array, dtype = array.astype(NUMPY[dtype]), None
         if dtype is None:
             tensor = numpy_helper.from_array(array, name)
         elif dtype in RAW:
