@@ -249,7 +249,8 @@ def _child(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], queue.Simple
     command = [sys.executable, "-P", "-W", "ignore", str(WORKER), str(folder / "request.json")]
     lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     with (folder / "stderr.txt").open("wb") as errors:
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=_environment())
+        # A session of its own: Linux then weighs it as one against other programs, and their load does not change the order of its threads.
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=_environment(), start_new_session=True)
     assert child.stdin is not None and child.stdout is not None
     reader = threading.Thread(target=_read, args=(child.stdout, lines), daemon=True)
     try:

@@ -155,8 +155,10 @@ def test_engines_that_cannot_be_read_or_run(host: None, monkeypatch: pytest.Monk
         Engine(b"another engine", FAKE)
     with pytest.raises(EngineError, match="tensor 'y': its type INT4 is no type of torch"):
         opened("int4-output", monkeypatch)
+    engine = opened("no-run", monkeypatch)
+    engine._log.append("an earlier error")
     with pytest.raises(EngineError, match="the run failed: it gives no reason. Check the shapes"):
-        opened("no-run", monkeypatch).run({"a": A, "b": B})
+        engine.run({"a": A, "b": B})
     with pytest.raises(EngineError, match=r"trt_fake cannot read the engine: libnvinfer.so.10: cannot open shared object file"):
         opened("no-import", monkeypatch)
     with pytest.raises(EngineError, match="'no_such_package' is not installed"):

@@ -93,6 +93,13 @@ def test_inspector_of_10_and_11(tensors: dict[str, Any], rest: dict[str, Any]) -
     assert runs(one) == "int8"
 
 
+def test_names_and_weights_that_inspectors_give() -> None:
+    row = inspected({"Datatype": "Int8"}) | {"Bias": {"Type": "Float", "Count": 0}, "Metadata": "[ONNX Layer: a#b]"}
+    (one,) = parse_inspector(json.dumps({"Layers": [row]}).replace("a#b", "a\nb"))  # TensorRT does not escape line breaks
+    assert [t.name for t in one.constants] == ["Weights"], "a bias without values is none"
+    assert one.onnx == ("a\nb",)
+
+
 @pytest.mark.parametrize(
     ("words", "dtype"),
     [

@@ -56,6 +56,7 @@ def test_given_profiles_stay_as_they_are() -> None:
         ({"x": X, "y": [(True, 4), (1, 4), (2, 4)]}, "input 'y'", "does not consist of positive numbers", "Give positive integers"),
         ({"x": X, "y": [(1.0, 4), (1, 4), (2, 4)]}, "input 'y'", "does not consist of positive numbers", "Give positive integers"),
         ({"x": X, "y": [(5, 4), (5, 4), (6, 4)]}, "input 'y'", "'N' goes from 5 to 6, that of input 'x' from 1 to 4", "give them ranges that meet"),
+        ({"x": [(3, 3, 7), (3, 3, 8), (4, 3, 9)], "y": Y}, "input 'y'", "'N' goes from 1 to 2, that of input 'x' from 3 to 4", "give them ranges that meet"),
     ],
 )
 def test_profiles_that_do_not_fit(given: Any, where: str, fact: str, way_out: str) -> None:
@@ -64,6 +65,11 @@ def test_profiles_that_do_not_fit(given: Any, where: str, fact: str, way_out: st
     assert e.value.where == where
     assert fact in e.value.fact
     assert e.value.way_out is not None and way_out in e.value.way_out
+
+
+def test_dimensions_without_a_name_are_free() -> None:
+    found = {"a": Input((-1,), ("",)), "b": Input((-1,), ("",))}
+    assert profiles(found, {"a": [(1,), (1,), (2,)], "b": [(3,), (3,), (4,)]}) == {"a": ((1,), (1,), (2,)), "b": ((3,), (3,), (4,))}
 
 
 def test_ranges_of_one_name_that_meet_are_built_and_others_tensorrt_refuses_too(monkeypatch: pytest.MonkeyPatch) -> None:

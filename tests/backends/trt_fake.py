@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 
 MODE = os.environ.get("TRT_FAKE", "")
+if any(Path(folder, "trt_worker.py").exists() for folder in sys.path):
+    raise ImportError("the backends' own folder is on the path: their names would hide packages")
 if MODE == "no-import":
     raise ImportError("libnvinfer.so.10: cannot open shared object file")
 

@@ -60,6 +60,19 @@ def conv_relu(batch: Size = "N", rename: Sequence[str] = (), x: str = "x", zero:
     return g.bytes(g.node("Relu", [c], "relu"), rename=rename)
 
 
+def squeeze(blocks: int) -> bytes:
+    """Blocks of convolution, hard-swish and squeeze-excitation: the builder compiles their parts in several threads."""
+    g = Graph()
+    x = g.input("x", "N", 16, 8, 8)
+    for _ in range(blocks):
+        y = g.node("HardSwish", [g.node("Conv", [g.qdq(x, 0.02), g.weight(16, 16, 3, 3)], pads=[1] * 4)])
+        s = g.qdq(g.node("GlobalAveragePool", [y]), 0.02)
+        s = g.qdq(g.node("Relu", [g.node("Conv", [s, g.weight(16, 16, 1, 1)])]), 0.02)
+        s = g.node("HardSigmoid", [g.node("Conv", [s, g.weight(16, 16, 1, 1)])])
+        x = g.node("Add", [x, g.node("Mul", [y, s])])
+    return g.bytes(x)
+
+
 def two_inputs(other: Size = "N") -> bytes:
     """Product of two quantized inputs, ``(N, 16, 32)`` and ``(N, 32, 16)``."""
     g = Graph()
@@ -105,6 +118,13 @@ def unsupported() -> bytes:
     """An operator that TensorRT has not."""
     g = Graph()
     return g.bytes(g.node("NonMaxFrobenius", [g.input("x", 2, 3)], "odd"))
+
+
+def matmul_integer() -> bytes:
+    """An operator that TensorRT's parser refuses without a reason."""
+    g = Graph()
+    a, b = g.input("x", 2, 3, dtype=T.INT8), g.constant(np.ones((3, 4), np.int8))
+    return g.bytes(g.node("Cast", [g.node("MatMulInteger", [a, b], "integers")], to=T.FLOAT))
 
 
 def odd_int4() -> bytes:
