@@ -9,6 +9,7 @@ from onnx import TensorProto
 
 from fxq.lint_trt_flow import Operand, operand
 from fxq.lint_trt_graph import ONNX_DOMAINS, Graph, Node
+from fxq.lint_trt_packed import packed
 from fxq.lint_trt_report import ERROR, WARNING, Finding, TrtOp
 
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -35,6 +36,7 @@ WAYS = {
     "mixed-types": "Quantize both operands to one type",
     "int4-activation": "Quantize activations to INT8 or FP8",
     "capability": "Choose another target or another type",
+    "packed": "Write one product for each projection (fxq does), or give the weights one scale in all",
     "outside": "Put QuantizeLinear and DequantizeLinear into the subgraph",
 }  # fmt: skip
 
@@ -84,6 +86,8 @@ def verdict(graph: Graph, node: Node, capability: int | None) -> Verdict:
     if a.joined or b.joined:
         return Verdict("float", "reads constants that are joined behind their DequantizeLinear: the builder fails on it", "joined-weights", ERROR)
     placed = _conv_scales(node, a, b) if node.op == "Conv" else _product_scales(graph, node, a, b)
+    if placed is None and b.constant and b.axis is not None and node.op in ("Gemm", "MatMul") and packed(graph, node):
+        return Verdict("float", "computes several projections of an attention layer at once: the builder takes it apart and unpacks the weights", "packed")
     return placed or _types(node, a, b)
 
 

@@ -21,7 +21,7 @@ STREET: tuple[tuple[str, ...], ...] = (
     ("passes", "backends"),
     ("lint_graph", "exposed", "lint_trt_fold", "lint_trt_report"),
     ("lint_clips", "verdict", "lint_trt_graph"),
-    ("lint_steps", "lint_trt_flow"),
+    ("lint_steps", "lint_trt_flow", "lint_trt_packed"),
     ("lint_rules", "lint_trt_ops"),
     ("lint_trt_rules", "lint_trt_model", "lint_trt_edit"),
     ("lint_trt", "lint_trt_codes", "lint_trt_scales"),

@@ -67,6 +67,23 @@ def residual(both: bool) -> Make:
     return make
 
 
+def packed_attention(axis: int | None, parts: int = 3) -> Make:
+    """Scores of queries and keys (and values, which nothing reads on) from one product."""
+
+    def make() -> onnx.ModelProto:
+        g = Net()
+        y = g.op("Add", g.op("MatMul", g.qdq(g.input(2, 16, 64)), weight(64, 64 * parts, axis=axis)(g), name="in"), g.floats(64 * parts))
+        heads = []
+        for i in range(parts):
+            part = g.op("Slice", y, g.const(ints(64 * i)), g.const(ints(64 * i + 64)), g.const(ints(2)))
+            part = g.op("Reshape", part, g.const(ints(2, 16, 4, 16)))
+            heads.append(g.qdq(g.op("Transpose", part, perm=[0, 2, 3, 1] if i == 1 else [0, 2, 1, 3]), 0.03))
+        s = g.op("Softmax", g.op("MatMul", heads[0], heads[1], name="qk"), axis=-1)
+        return g.model(g.op("MatMul", g.qdq(s, 1 / 127), heads[2], name="pv") if parts > 2 else s)
+
+    return make
+
+
 def attention() -> onnx.ModelProto:
     g = Net()
     x = g.input(2, 16, 64)
@@ -223,6 +240,8 @@ CASES: dict[str, Case] = {
     "cnn zero point 5": case(cnn(a=act(0.03, zero=5)), "zero-point"), "cnn uint8, 128": case(cnn(a=act(0.03, U8, 128)), "uint8"),
     "cnn uint8, 0": case(cnn(a=act(0.03, U8)), "uint8"), "cnn weight zero point 3": case(cnn(w=weight(16, 3, 3, 3, zero=3)), "zero-point"),
     "residual, both quantized": case(residual(True), "round-trip"), "residual, skip quantized": case(residual(False)),
+    "packed attention": case(packed_attention(1), "packed"), "packed attention, one scale": case(packed_attention(None)),
+    "packed queries and keys": case(packed_attention(1, 2)),
     "attention": case(attention), "concat, pool, resize": case(concat_pool),
     "batch norm behind": case(normed(False)), "Q before batch norm": case(normed(True), "round-trip"),
     "Q before relu": case(conv(after=sandwich), "round-trip"),
