@@ -8,6 +8,7 @@ TensorRT 11 and TensorRT-RTX: strongly typed networks, no precision flags, no ca
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
 import json
@@ -34,6 +35,7 @@ ASK, FIXED_ADDRESSES = 0xFFFFFFFF, 0x0040000
 """Arguments of Linux's ``personality``: the present one, and ADDR_NO_RANDOMIZE."""
 
 
+AGAIN = "again"
 SETTLED = 0.01
 """Seconds in which a thread has taken its memory and sleeps: before the builder takes its own, at addresses that must not depend on who is first."""
 
@@ -229,21 +231,22 @@ def die_with_parent() -> None:
 def steady() -> None:
     """Let the builder's threads run in the same order, with memory at the same addresses, every time: its internal names depend on both.
 
-    One processor and no preemption when a thread wakes up (SCHED_BATCH), and a new start without address randomization. Where the system forbids
-    the latter (some containers do), engines of big nets differ from build to build, in these names only as far as it was seen.
+    One processor; there the real-time class, in which a thread runs until it waits (root only, and only beside other processors), or else batches,
+    in which none is preempted because another wakes up. Then a new start without address randomization. Where the system allows neither the
+    first nor the last, engines of big nets differ from build to build, in these names only as far as it was seen.
     """
-    if hasattr(os, "sched_setaffinity"):
-        processors = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {processors[os.getpid() % len(processors)]})
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    try:
-        personality = ctypes.CDLL(None).personality
-        now = personality(ASK)
-        if now & FIXED_ADDRESSES or personality(now | FIXED_ADDRESSES) == -1 or not personality(ASK) & FIXED_ADDRESSES:
-            return
-    except (AttributeError, OSError, TypeError):  # not Linux
+    if sys.argv[2:] == [AGAIN] or not hasattr(os, "sched_setaffinity"):
         return
-    os.execv(sys.executable, sys.orig_argv)
+    processors = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {processors[os.getpid() % len(processors)]})
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    if len(processors) > 1:
+        with contextlib.suppress(PermissionError):
+            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    with contextlib.suppress(AttributeError):  # a C library without personality
+        personality = ctypes.CDLL(None).personality
+        if personality(personality(ASK) | FIXED_ADDRESSES) != -1:
+            os.execv(sys.executable, [*sys.orig_argv, AGAIN])
 
 
 def main() -> None:
