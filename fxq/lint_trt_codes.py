@@ -6,7 +6,7 @@ import numpy as np
 from onnx import TensorProto
 
 from fxq.lint_trt_edit import Editor, along, grid, initializer, stays, used
-from fxq.lint_trt_flow import code_type, written_axis
+from fxq.lint_trt_flow import code_type, root_type, written_axis
 from fxq.lint_trt_fold import MOVES, fold
 from fxq.lint_trt_graph import ONNX_DOMAINS, Array, Graph, Node, array, numbers
 from fxq.lint_trt_ops import INT4, INT8, SINCE, UINT8, WEIGHTED
@@ -32,17 +32,6 @@ def fold_constants(edit: Editor, graph: Graph) -> None:
             continue
         edit.read_from(node, 0, edit.constant(graph, codes, f"{node.input(0)}_folded", kind))
         edit.done.append(f"{node.name}: {first.op} {first.name} before it folded into the constant")
-
-
-def root_type(graph: Graph, name: str) -> int:
-    """Element type of the constant that nodes move the elements of; 0 when there is none."""
-    for _ in range(16):
-        tensor = graph.tensor(name)
-        if tensor is not None:
-            return tensor.data_type
-        node = graph.maker.get(name)
-        name = node.input(0) if node is not None else ""
-    return 0
 
 
 def folded(graph: Graph, name: str, depth: int = 16) -> Array | None:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
-from fxq.lint_trt_graph import Array, Graph, Node, captured, numbers, read
+from fxq.lint_trt_graph import FLOATS, Array, Graph, Node, captured, numbers, read
 
 
 class Editor:
@@ -134,10 +134,10 @@ def np_kind(array: Array) -> int:
 
 
 def grid(graph: Graph, node: Node) -> tuple[Array, Array] | None:
-    """Scale and zero point of a Q or DQ as arrays of one shape, the scale in its own type, the zero point as int64; ``None`` when they are not constant or
-    do not fit each other. A zero point that is not given is 0."""
+    """Scale and zero point of a Q or DQ as arrays of one shape, the scale in its own type, the zero point as int64; ``None`` when they are not constant, do
+    not fit each other, or the scale is no float. A zero point that is not given is 0."""
     scale = graph.value(node.input(1))
-    if scale is None:
+    if scale is None or np_kind(scale) not in FLOATS:
         return None
     if not node.input(2):
         return scale, np.zeros(scale.shape, np.int64)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from onnx import TensorProto
 
+from fxq.lint_trt_fold import MOVES
 from fxq.lint_trt_graph import FLOATS, ONNX_DOMAINS, Graph, Node, Shape, elements, numbers
 
 DEPTH = 64
@@ -54,10 +55,23 @@ class Operand:
 def code_type(graph: Graph, node: Node) -> int:
     """Element type of the codes of a QuantizeLinear or DequantizeLinear: by its zero point, by ``output_dtype``, otherwise ONNX's default uint8. 0: unknown."""
     if node.is_dq:
-        return graph.dtype(node.input(0)) or _made_type(graph, node.input(0)) or graph.dtype(node.input(2))
+        return graph.dtype(node.input(0)) or _made_type(graph, node.input(0)) or root_type(graph, node.input(0)) or graph.dtype(node.input(2))
     if node.input(2):
         return graph.dtype(node.input(2))
     return int(node.attrs.get("output_dtype") or 0) or TensorProto.UINT8
+
+
+def root_type(graph: Graph, name: str) -> int:
+    """Element type of the constant that nodes move the elements of; 0 when there is none."""
+    for _ in range(16):
+        tensor = graph.tensor(name)
+        if tensor is not None:
+            return tensor.data_type
+        node = graph.maker.get(name)
+        if node is None or node.op not in MOVES:
+            break
+        name = node.input(0)
+    return 0
 
 
 def _made_type(graph: Graph, name: str) -> int:

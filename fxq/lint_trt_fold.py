@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -137,7 +138,8 @@ def fold(op: str, given: Given, attrs: Mapping[str, Any]) -> Array | None:
     if len(present) != len(arrays) or not present and op != "ConstantOfShape":
         return None
     try:
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return np.asarray(FOLDS[op](present, attrs))
     except (ValueError, TypeError, IndexError, KeyError, AttributeError, OverflowError, ZeroDivisionError, MemoryError):
         return None
