@@ -215,12 +215,32 @@ def test_scale_of_two_levels_is_read_through_its_dequantizer() -> None:
     assert {f.code for f in found.errors} == {"scale-value"}
 
 
-def test_sparse_constants_and_odd_attributes() -> None:
+def test_sparse_constants() -> None:
     model = product()()
-    model.graph.sparse_initializer.append(helper.make_sparse_tensor(
-        numpy_helper.from_array(np.ones(1, np.float32), "sparse"), numpy_helper.from_array(np.zeros(1, np.int64), "i"), [4]))  # fmt: skip
-    model.graph.node[0].attribute.append(helper.make_attribute("axis", "one"))
+    values, at = numpy_helper.from_array(np.ones(1, np.float32), "sparse"), numpy_helper.from_array(np.zeros(1, np.int64), "i")
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, at, [4]))
     assert check(model, "sm86").findings == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "op", "attribute", "value"),
+    [
+        ("no zero point", "QuantizeLinear", "output_dtype", "int8"), ("weights axis -4", "DequantizeLinear", "axis", [0]),
+        ("matmul turned", "Transpose", "perm", 1),
+        ("through Cast to float", "Cast", "to", "float"), ("through Einsum transpose", "Einsum", "equation", [1]), ("gemm transB", "Gemm", "transB", "yes"),
+        ("max pool", "MaxPool", "dilations", 2), ("through Pad reflecting", "Pad", "mode", 0), ("int4 blocks of 64", "DequantizeLinear", "block_size", [64]),
+        ("scale by Cast", "Cast", "to", [1.5]), ("codes, Transpose", "Transpose", "perm", [9, 9]),
+    ],
+)  # fmt: skip
+def test_attributes_of_another_kind_are_as_if_not_there(name: str, op: str, attribute: str, value: object) -> None:
+    model = ALL[name].make()
+    for node in model.graph.node:
+        if node.op_type == op:
+            kept = [a for a in node.attribute if a.name != attribute]
+            del node.attribute[:]
+            node.attribute.extend([*kept, helper.make_attribute(attribute, value)])
+    found = check(model, ALL[name].target)
+    assert all(op.runs for op in found.ops) and str(found)
 
 
 def test_needs_neither_torch_nor_tensorrt() -> None:
