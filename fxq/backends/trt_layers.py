@@ -66,7 +66,7 @@ _TENSOR = re.compile(
     r"Datatype: (?P<dtype>\w+), Format: [^}]* \}",
     re.DOTALL,
 )
-_TAIL = re.compile(r"TacticName: .*?, StreamId: -?\d+(?:, \w+: -?\d+)*, Metadata: ?(?P<metadata>.*)", re.DOTALL)
+_TAIL = re.compile(r"TacticName: .*?, StreamId: -?\d+(?:, \w+: [^,]*)*?, Metadata: ?(?P<metadata>.*)", re.DOTALL)
 _NODE = "[ONNX Layer: "
 _BETWEEN = re.compile(r"\]\x1f?(?=\[ONNX Layer: )")
 

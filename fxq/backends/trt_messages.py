@@ -14,7 +14,7 @@ from fxq.errors import EngineError
 
 TESTED = 'Install the version that fxq was tested with: pip install "tensorrt-rtx==1.7.1.116"'
 """The way out where TensorRT-RTX does not behave as measured."""
-LINT = "Lint the file for target tensorrt: it says what TensorRT takes instead"
+LINT = "Run fxq lint FILE.onnx --target tensorrt: it says what TensorRT takes instead"
 """The way out where TensorRT does not take a graph."""
 NOISE = ("catchCudaError", "cudaError 35:", "ScopedCudaStream")
 """In lines that TensorRT logs after other messages on a machine without a GPU; they mean nothing there."""

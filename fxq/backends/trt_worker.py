@@ -14,6 +14,7 @@ import importlib
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -231,22 +232,36 @@ def die_with_parent() -> None:
 def steady() -> None:
     """Let the builder's threads run in the same order, with memory at the same addresses, every time: its internal names depend on both.
 
-    One processor; there the real-time class, in which a thread runs until it waits (root only, and only beside other processors), or else batches,
-    in which none is preempted because another wakes up. Then a new start without address randomization. Where the system allows neither the
-    first nor the last, engines of big nets differ from build to build, in these names only as far as it was seen.
+    One processor, on which no thread is preempted because another wakes up (SCHED_BATCH); for root in the real-time class, in which none is
+    preempted at all, as long as a processor stays free of such builds. Then a new start without address randomization. Where the system does
+    not allow this, engines of big nets can differ from build to build, in these names only as far as it was seen.
     """
     if sys.argv[2:] == [AGAIN] or not hasattr(os, "sched_setaffinity"):
         return
-    processors = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {processors[os.getpid() % len(processors)]})
+    *others, last = sorted(os.sched_getaffinity(0))
+    mine = next((cpu for cpu in others if claimed(cpu)), last)
+    os.sched_setaffinity(0, {mine})
     os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    if len(processors) > 1:
+    if mine != last:
         with contextlib.suppress(PermissionError):
             os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
     with contextlib.suppress(AttributeError):  # a C library without personality
         personality = ctypes.CDLL(None).personality
         if personality(personality(ASK) | FIXED_ADDRESSES) != -1:
             os.execv(sys.executable, [*sys.orig_argv, AGAIN])
+
+
+def claimed(cpu: int) -> bool:
+    """Take a processor for this process's life; False when another build has it. A name in Linux's abstract space is free again when its owner ends."""
+    claim = socket.socket(socket.AF_UNIX)
+    try:
+        claim.bind(f"\0fxq-engine-build-{cpu}")
+    except OSError:
+        claim.close()
+        return False
+    claim.set_inheritable(True)
+    claim.detach()
+    return True
 
 
 def main() -> None:

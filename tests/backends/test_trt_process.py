@@ -89,11 +89,11 @@ def test_full_tensorrt_builds_for_this_gpu_only(monkeypatch: pytest.MonkeyPatch)
         ("no-import", "trt_fake cannot be used here: ImportError: libnvinfer.so.10: cannot open shared object file", "tensorrt-rtx==1.7.1.116"),
         ("broken", "trt_fake cannot be used here: RuntimeError: an exception of the binding", "tensorrt-rtx==1.7.1.116"),
         ("no-builder", "trt_fake 10.16.1.11 does not start: CUDA initialization failure with error: 35", "Check the GPU and its driver"),
-        ("no-parse", "trt_fake 10.16.1.11 refuses Conv: it does not like it", "Lint the file"),
+        ("no-parse", "trt_fake 10.16.1.11 refuses Conv: it does not like it", "Run fxq lint FILE.onnx --target tensorrt"),
         ("bad-profile", "trt_fake 10.16.1.11 refuses the profile: it gives no reason", "Give other shapes"),
         ("no-table", "trt_fake 10.16.1.11 gave no layer table, so nothing shows what runs in integers", "tensorrt-rtx==1.7.1.116"),
-        ("abort", "trt_fake crashed (signal SIGABRT); its last messages: Parsing node: conv [Conv]", "Lint the file"),
-        ("exit", "trt_fake crashed (exit code 7); its last messages: Parsing node: conv [Conv]", "Lint the file"),
+        ("abort", "trt_fake crashed (signal SIGABRT); its last messages: Parsing node: conv [Conv]", "Run fxq lint FILE.onnx --target tensorrt"),
+        ("exit", "trt_fake crashed (exit code 7); its last messages: Parsing node: conv [Conv]", "Run fxq lint FILE.onnx --target tensorrt"),
     ],
 )
 def test_misbehaviour(mode: str, fact: str, way_out: str, fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
