@@ -86,7 +86,7 @@ def test_options_reach_the_builder() -> None:
     [
         (m.conv_relu(zero=3), SM86, "x/q", "refuses QuantizeLinear: Non-zero zero point is not supported"),
         (m.unsupported(), SM86, "odd", "refuses NonMaxFrobenius: Plugin not found"),
-        (m.matmul_integer(), SM86, "integers", r"refuses MatMulInteger: the operator is not supported \(UNSUPPORTED_NODE\). Lint"),
+        (m.matmul_integer(), SM86, "integers", r"refuses MatMulInteger: the operator is not supported \(UNSUPPORTED_NODE\). Run fxq lint"),
         (m.odd_int4(), SM86, "odd/w", "cannot build it: .*Sub-byte quantization with odd tensor volume is not supported. Run fxq lint"),
         (m.int16_input(), SM86, "initializer 'c1'", r"Found unsupported datatype \(5\) when importing initializer: c1"),
         (m.fp8_matmul(), SM86, None, "HW-specific datatypes: fp8_e4m3. Choose a compute capability that has this type: FP8 from sm89"),
