@@ -115,14 +115,32 @@ def test_pretrained_weights_fit(file: str, data: Path, loader: Callable[[str], M
         assert torch.equal(net(x), loader("models/zoo.py").build(file)(x))
 
 
-@pytest.mark.data
-def test_accuracy_of_resnet20_on_cifar10(data: Path, loader: Callable[[str], ModuleType]) -> None:
-    """1,000 test images, the first 128 training images for calibration: within 0.5 points of float, and the runtime gives the reference's logits."""
+def resnet20_on_cifar10(data: Path, loader: Callable[[str], ModuleType]) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
+    """The trained net, 128 training images, 1,000 test images and their labels."""
     net, images = zoo.build("resnet20", data / "models" / "cifar10_resnet20.safetensors"), loader("cifar10/load_cifar10.py")
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     (train, _), (test, labels) = images.load("train", [0]), images.load("test")
     calibration, x = (((torch.from_numpy(a).permute(0, 3, 1, 2) / 255 - mean) / std).contiguous() for a in (train[:128], test[:1000]))
-    y = torch.from_numpy(labels[:1000]).long()
+    return net, calibration, x, torch.from_numpy(labels[:1000]).long()
+
+
+@pytest.mark.data
+def test_accuracy_of_resnet20_for_tensorrt(data: Path, loader: Callable[[str], ModuleType]) -> None:
+    """The file for TensorRT, as it is written, within two images of the simulator; both within 0.5 points of float; every code the simulator's."""
+    net, calibration, x, y = resnet20_on_cifar10(data, loader)
+    m = fxq.compile(net, "int8", calibration=calibration.split(32), target="sm86", progress=False)
+    artifact = m.lower()
+    runtime = torch.from_numpy(session(artifact.data, "off").run(None, {"x": x.numpy()})[0])
+    with torch.inference_mode():
+        top1 = [float((logits.argmax(1) == y).double().mean()) * 100 for logits in (net(x), m(x), runtime)]
+    assert top1[0] > 90 and abs(top1[1] - top1[2]) <= 0.2 + 1e-9 and abs(top1[0] - top1[2]) <= 0.5
+    assert m.verify(artifact, x[:64]).ok
+
+
+@pytest.mark.data
+def test_accuracy_of_resnet20_on_cifar10(data: Path, loader: Callable[[str], ModuleType]) -> None:
+    """1,000 test images, the first 128 training images for calibration: within 0.5 points of float, and the runtime gives the reference's logits."""
+    net, calibration, x, y = resnet20_on_cifar10(data, loader)
     m = fxq.compile(net, "iao_w8a8", calibration=calibration.split(32))
     runtime = torch.from_numpy(session(m.lower().data).run(None, {"x": x.numpy()})[0])
     with torch.inference_mode():
