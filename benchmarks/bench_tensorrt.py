@@ -120,8 +120,9 @@ def accuracy(a: argparse.Namespace) -> None:
         line["images that disagree"] = int((scores["simulator"].argmax(1) != scores["ONNX Runtime"].argmax(1)).sum())
         top = scores["simulator"].abs().max()
         line["greatest difference"] = f"{float((scores['simulator'] - scores['ONNX Runtime']).abs().max() / top):.1g}"
-        proof = m.verify(artifact, [case.x[:256]])
-        line["elements off, 256 images"], line["ties"] = f"{proof.onnx.hidden_differ}/{proof.onnx.hidden}", proof.onnx.ties  # type: ignore[union-attr]
+        seen = 256 if small else 16
+        proof = m.verify(artifact, [case.x[:seen]])
+        line["images verified"], line["elements off"], line["ties"] = seen, f"{proof.onnx.hidden_differ}/{proof.onnx.hidden}", proof.onnx.ties  # type: ignore[union-attr]
         low = [c for c in artifact.checks if c.planned != "float"]
         line["int8 layers"], line["images"] = f"{sum(c.ok for c in low)} of {len(low)}, {len(artifact.checks) - len(low)} float", len(case.y)
         table.put(name, line)
