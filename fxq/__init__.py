@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "compile": "fxq.api",
-    "CompiledModel": "fxq.api",
+    "CompiledModel": "fxq.compiled",
     "capture": "fxq.trace",
     "Scheme": "fxq.schemes",
     "QuantSpec": "fxq.spec",

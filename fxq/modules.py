@@ -305,7 +305,13 @@ class FakeQuantize(nn.Module):
         return str(self.qparams)
 
 
-class Quantized(nn.Module):
+class Wrapper(nn.Module):
+    """A module that stands for the operation ``op`` inside it: its kind is that of ``op``."""
+
+    op: nn.Module
+
+
+class Quantized(Wrapper):
     """A weighted module (``op``: conv, transposed conv, linear) with its weight, and with it its bias, on a grid.
 
     Attributes:
@@ -375,6 +381,8 @@ WEIGHTED = ("conv", "conv_transpose", "linear")
 
 def kind_of(module: nn.Module) -> str:
     """Canonical kind of a module (``conv``, ``add``, ``fake_quantize``, ...); ``opaque`` when it has none."""
-    if isinstance(module, Quantized):
+    if isinstance(module, Wrapper):
         return kind_of(module.op)
+    if isinstance(module, FakeQuantize):
+        return "fake_quantize"
     return KINDS.get(type(module), "opaque")

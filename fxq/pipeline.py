@@ -40,6 +40,7 @@ class PassContext:
         calibration: the user's data, already normalised to tuples of positional inputs; read once.
         float_nodes: patterns (``fnmatch`` on module path or node name) that stay float.
         progress: callback for long work.
+        train: the graph will be trained: passes keep what that needs.
         kept: the first calibration batches, for passes that measure after ``calibrate`` (filled by it where the scheme needs them).
         skips: filled through :meth:`skip`.
     """
@@ -53,6 +54,7 @@ class PassContext:
     skips: list[Skip] = field(default_factory=list)
     kept: list[tuple[Any, ...]] = field(default_factory=list)
     probe: tuple[Any, ...] | None = None
+    train: bool = False
 
     def skip(self, node: Node | str, why: str) -> None:
         """Record that a pass left ``node`` alone, and why."""

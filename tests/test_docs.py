@@ -41,7 +41,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/schemes.md", "docs/tensorrt.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/schemes.md", "docs/tensorrt.md", "docs/training.md"])
 def test_python_blocks_run(page: str, here: Path) -> None:
     torch.manual_seed(0)
     names: dict[str, object] = {}

@@ -16,7 +16,7 @@ STREET: tuple[tuple[str, ...], ...] = (
     ("shapes", "snapshot", "folding", "kernels", "layerwise", "routing", "concrete", "exported", "parts"),
     ("verify", "canonical", "trace"),
     ("pipeline", "canonical_math", "canonical_chains", "canonical_index", "canonical_reduce", "canonical_shape", "constants", "inline"),
-    ("canonical_layers", "canonical_attention", "forms", "forms_shuffle", "forms_tidy", "forms_unpack", "placement"),
+    ("canonical_layers", "canonical_attention", "forms", "forms_shuffle", "forms_tidy", "forms_unpack", "placement", "training"),
     ("placement_inputs",),
     ("passes", "backends"),
     ("lint_graph", "exposed", "lint_trt_fold", "lint_trt_report"),
@@ -29,6 +29,8 @@ STREET: tuple[tuple[str, ...], ...] = (
     ("tensorrt",),
     ("engine_proof",),
     ("admission", "sources"),
+    ("compiled",),
+    ("trainable",),
     ("api", "zoo"),
     ("cli_engine",),
     ("cli", "command"),
@@ -121,4 +123,4 @@ def test_a_wrong_turn_is_found(name: str, line: str, fault: str, tmp_path: Path,
 
 def test_what_may_be_imported_is_found() -> None:
     assert "graph" in {n for _, n in imports(files()["snapshot"])}
-    assert {"passes.annotate", "schemes", "backends.onnx_qdq"} <= {n for _, n in imports(files()["api"])}
+    assert {"passes.annotate", "schemes", "backends.onnx_qdq"} <= {n for f in ("api", "compiled") for _, n in imports(files()[f])}

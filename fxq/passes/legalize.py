@@ -28,6 +28,9 @@ FORMS: dict[str, forms.Form] = {
 ALWAYS = ("tidy", "merge-pad")
 """Forms that save operations in float arithmetic as well."""
 
+MIXES = ("shuffle",)
+"""Forms that rewrite the weights of layers whose batch norm was folded: not for a graph that will be trained."""
+
 
 @dataclass(frozen=True)
 class Legalize(Pass):
@@ -48,5 +51,5 @@ class Legalize(Pass):
             if name not in FORMS:
                 fact = f"target {ctx.target.name!r} names the unknown form {name!r}"
                 raise PassError(fact, where=self.name, way_out=nearest(name, FORMS))
-        wanted = [f for f in ctx.target.forms if ctx.scheme.method == "static" or f in ALWAYS]
+        wanted = [f for f in ctx.target.forms if (ctx.scheme.method == "static" or f in ALWAYS) and not (ctx.train and f in MIXES)]
         return sum(FORMS[f](gm, ctx) for f in wanted)

@@ -1,0 +1,231 @@
+"""What :func:`fxq.compile` returns: the compiled model, its backends, its proof."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.fx import GraphModule
+
+from fxq import admission, graph, targets
+from fxq.calibration import Batches
+from fxq.errors import ArtifactError, FxqError, LoweringError, TargetError, nearest
+from fxq.heap import young
+from fxq.lowering import Artifact, Lowering
+from fxq.schemes import Scheme
+from fxq.snapshot import History
+from fxq.targets import Target
+from fxq.trace import Captured
+
+if TYPE_CHECKING:
+    from fxq.engine_proof import EngineProof
+    from fxq.lint import LintReport
+    from fxq.lint_trt_report import TrtReport
+    from fxq.proof import Proof
+    from fxq.tensorrt import EngineArtifact
+
+ENGINE_MAGIC = (b"vtrt", b"ftrt")
+"""First bytes of an engine of TensorRT-RTX, of full TensorRT."""
+BACKENDS: dict[str, str] = {
+    "onnx-qdq": "ONNX with Q/DQ pairs and integer weights",
+    "onnx": "ONNX; the same writer (for the scheme float)",
+    "tensorrt": "TensorRT engine, built with TensorRT-RTX on any machine or with full TensorRT where there is a GPU",
+    "trt-calibration-cache": "scales as a calibration cache for TensorRT 8 to 10.11 (implicit quantization)",
+}
+
+
+def backend(name: str, options: dict[str, Any] | None = None) -> Lowering:
+    """Backend by name with its options, imported when it is asked for.
+
+    Raises:
+        TargetError: for an unknown name or option; the nearest one is offered.
+    """
+    if name not in BACKENDS:
+        raise TargetError(f"unknown backend {name!r}", way_out=nearest(name, BACKENDS))
+    make, known = _backend(name)
+    for option in options or {}:
+        if option not in known:
+            raise TargetError(f"backend {name!r} has no option {option!r}", way_out=nearest(option, known) if known else "It has none")
+    return make(**(options or {}))
+
+
+def _backend(name: str) -> tuple[Callable[..., Lowering], tuple[str, ...]]:
+    """How to make a backend, and the names of its options."""
+    if name == "tensorrt":
+        from fxq.tensorrt import EngineOptions, TensorRT
+
+        return lambda **o: TensorRT(EngineOptions(**o)), tuple(f.name for f in fields(EngineOptions))
+    if name == "trt-calibration-cache":
+        from fxq.backends.trt_cache import CalibrationCache
+
+        return CalibrationCache, ("version",)
+    from fxq.backends.onnx_qdq import OnnxQdq
+
+    return OnnxQdq, ("float_dtype",)
+
+
+@dataclass(frozen=True)
+class FloatOp:
+    """An operation that stays float, with the reason."""
+
+    node: str
+    kind: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.node} ({self.kind}): {self.why}"
+
+
+class CompiledModel(nn.Module):
+    """A compiled model: call it for the fake-quant simulator, :meth:`lower` it for a file.
+
+    Attributes:
+        history: every pass with its graph text.
+        scheme, target: what it was compiled for.
+        captured: how the model was captured (rung, notes, what it is specialised to).
+        parts: of a model that could only be captured in parts: module path -> CompiledModel; otherwise empty.
+    """
+
+    def __init__(self, root: nn.Module, captured: Captured, history: History, scheme: Scheme, target: Target) -> None:
+        super().__init__()
+        self.root = root
+        self.captured, self.history, self.scheme, self.target = captured, history, scheme, target
+        self.parts: dict[str, CompiledModel] = {}
+        self._reference: Any = None
+        self._engines: dict[str, Artifact] = {}
+        self.eval()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> CompiledModel:
+        self._reference = None  # it may have been made on another device
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModel:
+        """A copy of its own; the integer reference is made anew when it is asked for."""
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k != "_reference"}, _reference=None)
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise FxqError(
+            "a CompiledModel cannot be pickled: torch.fx drops the grids of its nodes",
+            way_out="Save m.lower(), or m.state_dict() to load into the same model compiled again",
+        )
+
+    @property
+    def graph_module(self) -> GraphModule:
+        """The compiled FX graph.
+
+        Raises:
+            LoweringError: when the model was captured in parts and has no single graph.
+        """
+        if not isinstance(self.root, GraphModule):
+            raise LoweringError(
+                f"the model was captured in {len(self.parts)} parts and has no single graph",
+                way_out="Use one part, m.parts[path]; the paths are " + ", ".join(self.parts),
+            )
+        return self.root
+
+    def forward(self, *args: Any) -> Any:
+        """The fake-quant simulator: float tensors rounded onto the grids; differentiable (straight-through)."""
+        return self.root(*args)
+
+    def reference(self, *args: Any) -> Any:
+        """The integer reference: the numbers that the fused artifact gives, as dequantized float32 tensors.
+
+        For TensorRT, whose kernels' arithmetic is not known here, it is the Q/DQ graph's own: float between rounded values.
+        """
+        if self._reference is None or self._reference.gm is not self.root:  # of a model on another device it is a copy, which ages
+            from fxq.backends.reference import Reference
+
+            self._reference = Reference(self.graph_module, self.target.fused)
+        return self._reference(*args)
+
+    @property
+    def float_ops(self) -> list[FloatOp]:
+        """Every operation that the target does not execute in integers, with the reason."""
+        gm = self.graph_module
+        return [
+            FloatOp(str(n.target) if n.op == "call_module" else n.name, graph.kind(gm, n), n.meta["float_why"])
+            for n in gm.graph.nodes
+            if n.meta.get("float_why") and n.op not in ("output", "placeholder", "get_attr")
+        ]
+
+    @young()
+    def lower(self, backend_name: str = "onnx-qdq", target: str | Target | None = None, **options: Any) -> Artifact:
+        """Translate into a file's bytes; ``.save(path)`` writes them whole or not at all.
+
+        Args:
+            backend_name: a key of :data:`BACKENDS`.
+            target: runtime; by default the one that the model was compiled for. One compiled for any ``tensorrt`` target can be lowered
+                for each of them (``sm80``, ``sm86``, ... or ``tensorrt``: all from 8.0 on).
+            options: of the backend: ``float_dtype`` (``"fp16"`` for what is not quantized; TensorRT only), and for ``tensorrt`` the fields
+                of :class:`fxq.tensorrt.EngineOptions`; ``trt-calibration-cache`` has ``version``.
+
+        Raises:
+            LoweringError: with every finding when the backend cannot take the graph.
+            TargetError: unknown backend or option, or a target other than the one the model was compiled for.
+            SchemeError, CalibrationError: weights that were changed to another type, or to NaN, after compiling.
+            EngineError: TensorRT is missing, refuses the graph or crashes.
+        """
+        to = self.target if target is None else targets.get(target)
+        if to != self.target and to.family != self.target.family:
+            raise TargetError(
+                f"the model was compiled for {self.target.name!r}, not {to.name!r}", way_out=f"Compile it with target={to.name!r}, scheme='int8'"
+            )
+        to.require(self.scheme)
+        admission.check_model(self.root)
+        artifact = backend(backend_name, options).lower(self.graph_module, self.scheme, to)
+        if artifact.backend == "tensorrt":
+            self._engines[sha256(artifact.data).hexdigest()] = artifact
+        return artifact
+
+    def lint(self, target: str | None = None) -> LintReport | TrtReport:
+        """Which nodes of the lowered file the target executes in integers, which not and why, and the Q/DQ nodes that are left."""
+        from fxq.lint import lint
+
+        return lint(self.lower().data, target or self.target.lint_name)
+
+    def verify(
+        self, artifact: str | os.PathLike[str] | bytes | Artifact, data: Any, *, limit: int | None = None
+    ) -> Proof | EngineProof:
+        """Run the artifact and compare with the integer reference, node by node and end to end.
+
+        Of a TensorRT engine the builder's layers are compared with the plan and its ONNX file with the simulator; it runs where there is a GPU.
+
+        Args:
+            artifact: path or bytes of the lowered file, or what :meth:`lower` returned.
+            data: calibration-like data (any iterable of tensors, tuples, dicts).
+            limit: at most so many batches.
+
+        Raises:
+            ArtifactError: when the file is damaged or belongs to another model.
+        """
+        from fxq.lowering import contents
+
+        gm = self.graph_module
+        batches = Batches(data, gm, limit=limit, what="data to verify with")
+        raw, where = contents(artifact)
+        if raw.startswith(ENGINE_MAGIC):
+            from fxq import engine_proof
+
+            return engine_proof.verify(gm, self._engine(artifact, raw, where), batches, self)
+        from fxq.proof import verify
+
+        return verify(gm, artifact, batches, fused=self.target.fused)
+
+    def _engine(self, given: Any, raw: bytes, where: str) -> EngineArtifact:
+        """The engine with its layer table: what ``lower`` gave, or the one of these bytes that it gave before."""
+        from fxq.tensorrt import EngineArtifact
+
+        artifact = given if isinstance(given, EngineArtifact) else self._engines.get(sha256(raw).hexdigest())
+        if not isinstance(artifact, EngineArtifact):
+            way_out = "Lower the model again (the same options give the same bytes) and verify that"
+            raise ArtifactError("this engine was not made by this model here, so the types of its layers are not known", where=where, way_out=way_out)
+        return artifact

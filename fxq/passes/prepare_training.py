@@ -1,0 +1,88 @@
+"""prepare-training: a converted graph becomes trainable: trackers on its grids, float weights with their batch norms in its layers."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from fxq.folding import bn_affine, fold_back
+from fxq.graph import grids, module_of, swap_module, walk
+from fxq.modules import WEIGHTED, FakeQuantize, Quantized
+from fxq.pipeline import Pass, PassContext
+from fxq.spec import QParams
+from fxq.training import FloatLayer, TrackedFakeQuantize, Tracker, TrainedLayer
+
+
+@dataclass(frozen=True)
+class PrepareTraining(Pass):
+    """Give each grid a tracker and each quantized layer its float weight and the batch norm that ``fold-bn`` took away.
+
+    Attributes:
+        calibrated: the grids come from data and are where the trackers begin; otherwise the first training batch sets them.
+    """
+
+    calibrated: bool = True
+    name: ClassVar[str] = "prepare-training"
+    requires: ClassVar[tuple[str, ...]] = ("converted",)
+    ensures: ClassVar[tuple[str, ...]] = ("converted",)
+
+    def run(self, gm: GraphModule, ctx: PassContext) -> int:
+        trackers: dict[str, Tracker] = {}
+        changed = 0
+        for node, _ in walk(gm, "fake_quantize"):
+            old = module_of(gm, node)
+            assert isinstance(old, FakeQuantize)
+            first = old.grid not in trackers
+            if first:
+                qp = _as_learned(old.qparams, ctx)
+                trackers[old.grid] = Tracker(qp, grids(gm)[old.grid])
+                if self.calibrated:
+                    trackers[old.grid].start(qp)
+            swap_module(gm, node, TrackedFakeQuantize(trackers[old.grid], old.grid, first))
+            changed += 1
+        for node, _ in walk(gm, *WEIGHTED):
+            layer = module_of(gm, node)
+            if isinstance(layer, Quantized) and node.meta.get("integer"):
+                swap_module(gm, node, self._layer(gm, node, layer, ctx))
+                changed += 1
+            elif not isinstance(layer, Quantized):
+                op, bn = self._unfolded(gm, node, layer, ctx)
+                if bn is not None:
+                    swap_module(gm, node, FloatLayer(op, bn))
+                    changed += 1
+        return changed
+
+    def _layer(self, gm: GraphModule, node: Node, old: Quantized, ctx: PassContext) -> TrainedLayer:
+        fq: Any = module_of(gm, node.all_input_nodes[0])
+        source = fq.tracker if ctx.target.int32_bias else None
+        op, bn = self._unfolded(gm, node, old.op, ctx)
+        return TrainedLayer(op, bn, old.weight_grid.qparams, ctx.scheme.weight_observer, source)
+
+    def _unfolded(self, gm: GraphModule, node: Node, old: nn.Module, ctx: PassContext) -> tuple[nn.Module, nn.Module | None]:
+        """The layer before its batch norm was folded, and that batch norm."""
+        found = gm.meta.get("batch_norms", {}).get(str(node.target))
+        if found is None:
+            return old, None
+        before, bn = found
+        again = fold_back(before, *bn_affine(bn))
+        same = again.weight.shape == old.weight.shape and torch.equal(again.weight, old.weight)  # type: ignore[arg-type]
+        if not same:
+            ctx.skip(node, "its weight was rewritten after its batch norm was folded: it trains with the batch norm inside, its statistics fixed")
+            return old, None
+        op: Any = copy.copy(old)
+        op._parameters = dict(op._parameters)
+        op.weight, op.bias = before.weight, before.bias
+        return op, bn
+
+
+def _as_learned(qp: QParams, ctx: PassContext) -> QParams:
+    """The scheme's own codes where the target stores signed grids as unsigned ones."""
+    spec = ctx.scheme.activation
+    if spec is None or not spec.signed or qp.spec.signed:
+        return qp
+    return QParams(spec, qp.scale, qp.zero_point + spec.qmin)

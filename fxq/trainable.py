@@ -1,0 +1,123 @@
+"""The trainable form of a compiled model: quantization-aware training, then training with fixed grids, then the deployed model."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule
+
+from fxq.compiled import CompiledModel
+from fxq.errors import FxqError, LoweringError
+from fxq.graph import finish, grids, module_of, swap_module, walk
+from fxq.lowering import Artifact
+from fxq.modules import WEIGHTED, FakeQuantize
+from fxq.snapshot import History, take
+from fxq.training import FloatLayer, TrackedFakeQuantize, TrainedLayer, unsigned_where
+
+QAT, QAFT = "qat", "qaft"
+
+
+class TrainableModel(CompiledModel):
+    """What ``fxq.compile(..., mode="qat")`` returns: an ordinary module for your loop, optimizer, scheduler and checkpoints.
+
+    In training mode it observes ranges, rounds weights and activations and trains the batch norms; in eval mode it computes what would be deployed
+    now. :meth:`freeze` fixes grids and statistics (QAFT), :meth:`convert` gives the deployed model.
+    """
+
+    phase: str = QAT
+
+    def freeze(self) -> TrainableModel:
+        """Fix all grids and batch norm statistics: from now on training and eval mode compute the same, bit for bit, which is what is deployed.
+
+        Raises:
+            FxqError: when it is frozen already, or has seen no data.
+        """
+        if self.phase == QAFT:
+            raise FxqError("the model is frozen already", way_out="Go on training, or call convert()")
+        self._require_data("freeze()")
+        for m in self.modules():
+            if isinstance(m, TrackedFakeQuantize):
+                m.tracker.frozen = True
+        for m in list(self.modules()):
+            if isinstance(m, (TrainedLayer, FloatLayer)):
+                m.freeze()
+            elif isinstance(m, nn.modules.batchnorm._BatchNorm):
+                m.eval()
+        self.phase = QAFT
+        return self
+
+    def train(self, mode: bool = True) -> TrainableModel:
+        """As in torch; after :meth:`freeze` batch norms stay in eval mode."""
+        super().train(mode)
+        if self.phase == QAFT:
+            for m in self.modules():
+                if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                    m.eval()
+        return self
+
+    def convert(self) -> CompiledModel:
+        """The deployed model: a copy on integer grids, to verify and to lower. This one stays as it is.
+
+        Raises:
+            FxqError: before any data was seen.
+        """
+        self._require_data("convert()")
+        gm = copy.deepcopy(self.graph_module).eval()
+        for node, _ in walk(gm, *WEIGHTED):
+            layer = module_of(gm, node)
+            if isinstance(layer, (TrainedLayer, FloatLayer)):
+                swap_module(gm, node, layer.converted())
+        for node, _ in walk(gm, "fake_quantize"):
+            fq = module_of(gm, node)
+            if isinstance(fq, TrackedFakeQuantize):
+                qp = unsigned_where(fq.spec, self.target.unsigned_codes, fq.qparams)
+                table = grids(gm)
+                table[fq.grid] = type(table[fq.grid])(qp.spec, table[fq.grid].clamp, table[fq.grid].fixed, qp)
+                swap_module(gm, node, FakeQuantize(qp, fq.grid))
+        finish(gm)
+        history = History([*self.history, take(gm, "convert-trained")])
+        return CompiledModel(gm, self.captured, history, self.scheme, self.target)
+
+    def _require_data(self, what: str) -> None:
+        for path, m in self.named_modules():
+            if isinstance(m, TrackedFakeQuantize) and not m.tracker.fixed and not bool(m.tracker.observer.has_data):
+                way_out = "Run a batch in training mode first, or compile with calibration="
+                raise FxqError(f"{what} before any data: this grid has no range yet", where=path.removeprefix("root."), way_out=way_out)
+
+    @property
+    def graph_module(self) -> GraphModule:
+        """The training graph."""
+        return super().graph_module
+
+    def reference(self, *args: Any) -> Any:
+        """The integer reference of the model as it is now: that of :meth:`convert`."""
+        return self.convert().reference(*args)
+
+    def lower(self, backend_name: str = "onnx-qdq", target: Any = None, **options: Any) -> Artifact:
+        """A model in training is not lowered.
+
+        Raises:
+            LoweringError: always; the deployed model is what :meth:`convert` returns.
+        """
+        raise LoweringError("the model is in training", way_out="Call convert() and lower what it returns")
+
+    def get_extra_state(self) -> dict[str, str]:
+        """Phase and scheme, for checkpoints."""
+        return {"phase": self.phase, "scheme": self.scheme.name}
+
+    def set_extra_state(self, state: dict[str, str]) -> None:
+        """Go on in the phase of a checkpoint.
+
+        Raises:
+            FxqError: for the checkpoint of another scheme.
+        """
+        if state["scheme"] != self.scheme.name:
+            raise FxqError(f"the checkpoint is of scheme {state['scheme']!r}, the model of {self.scheme.name!r}", way_out="Compile the model with that scheme")
+        self.phase = state["phase"]
+        for m in self.modules():
+            if isinstance(m, TrackedFakeQuantize):
+                m.tracker.frozen = m.tracker.fixed or self.phase == QAFT
+            elif isinstance(m, (TrainedLayer, FloatLayer)):
+                m.frozen = self.phase == QAFT

@@ -1,0 +1,247 @@
+"""Quantization-aware training: activations and weights rounded in the forward pass, straight-through gradients, batch norm folded as deployed.
+
+Sources: Jacob et al. 2018 (arXiv 1712.05877), section 3; Krishnamoorthi 2018 (arXiv 1806.08342), section 3.2, for the folded batch norm.
+Three switches, independent of ``train()`` and ``eval()``: a tracker observes or not, it is frozen or not, a layer's batch norm is frozen or not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxq import numerics
+from fxq.errors import CalibrationError
+from fxq.folding import fold_back
+from fxq.graph import Grid
+from fxq.modules import FakeQuantize, Quantized, Wrapper, call_with
+from fxq.observers import MovingAverage
+from fxq.spec import QParams, QuantSpec
+from fxq.weight_ranges import weight_range
+
+LEAST_FACTOR = 1e-12
+"""A fold factor ``gamma / sigma`` below it is taken as 1 in training: its channel gives ``beta`` whatever its weight is."""
+
+
+class Tracker(nn.Module):
+    """The parameters of one activation grid while they are learned: a moving average of each batch's range.
+
+    Buffers ``scale``, ``zero_point`` (the grid in use) and the observer's; a copy of ``state_dict`` resumes exactly. Values that share a grid share
+    its tracker; each batch counts once, whichever of them comes first.
+
+    Attributes:
+        spec: the codes; ``clamp``: an absorbed activation, ``(lo, hi or None)``; ``frozen``: nothing changes any more.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, qparams: QParams, grid: Grid, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.spec, self.clamp = qparams.spec, grid.clamp
+        self.frozen = grid.fixed is not None
+        self.fixed = self.frozen
+        self.register_buffer("scale", qparams.scale.clone())
+        self.register_buffer("zero_point", qparams.zero_point.clone())
+        self.observer = MovingAverage(qparams.spec, momentum)
+
+    def start(self, qparams: QParams) -> None:
+        """Begin with a calibrated range instead of the first batch's."""
+        lo, hi = qparams.range
+        if self.spec.symmetric and self.spec.qmin < 0:
+            lo = -hi  # the lowest code would widen the range by a step
+        self.observer.lo.fill_(lo)
+        self.observer.hi.fill_(hi)
+        self.observer.batches.fill_(1)
+        self.observer.has_data.fill_(True)
+
+    @property
+    def qparams(self) -> QParams:
+        """The grid as data."""
+        return QParams(self.spec, self.scale, self.zero_point)
+
+    def see(self, x: Tensor, part: bool) -> None:
+        """Take in a value of the running batch and move the grid. ``part``: another value of this grid was seen in the same batch."""
+        if self.frozen:
+            return
+        self.observer.observe(x, part)
+        lo, hi = self.observer.range()
+        if self.clamp is not None:
+            low, high = self.clamp
+            lo, hi = torch.full_like(lo, low), hi.clamp(min=low, max=high)
+        qp = numerics.choose_qparams(lo, hi, self.spec)
+        self.scale.copy_(qp.scale)
+        self.zero_point.copy_(qp.zero_point)
+
+    def extra_repr(self) -> str:
+        return f"{self.qparams}{', frozen' if self.frozen else ''}"
+
+
+class TrackedFakeQuantize(FakeQuantize):
+    """A fake-quantizer whose grid a :class:`Tracker` finds while the model is in training mode.
+
+    Attributes:
+        first: of the fake-quantizers that share a tracker, the one that runs first in the graph.
+        tracker: on the first one a submodule, on the others a plain reference.
+    """
+
+    def __init__(self, tracker: Tracker, grid: str, first: bool) -> None:
+        super().__init__(tracker.qparams, grid)
+        del self.scale, self.zero_point
+        self.first = first
+        if first:
+            self.own = tracker
+        self._tracker = [tracker]
+
+    @property
+    def tracker(self) -> Tracker:
+        return self._tracker[0]
+
+    @property
+    def qparams(self) -> QParams:
+        """The grid as data."""
+        return self.tracker.qparams
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.tracker.see(x, part=not self.first)
+        if not self.quantizing:  # the activation that the grid absorbed stays
+            return x if self.tracker.clamp is None else x.clamp(*self.tracker.clamp)
+        return numerics.fake_quantize_with(x, self.tracker.scale, self.tracker.zero_point, self.spec)
+
+    def extra_repr(self) -> str:
+        return str(self.tracker)
+
+
+class FloatLayer(Wrapper):
+    """A conv, transposed conv or linear layer that stays float, with the batch norm that was folded into it, in training.
+
+    While the batch norm trains it computes ``BN(op(x))``; in eval mode, or frozen, the folded layer.
+
+    Attributes:
+        op: the float layer; ``bn``: its batch norm, or ``None``; ``frozen``: its statistics are fixed.
+    """
+
+    def __init__(self, op: nn.Module, bn: nn.Module | None) -> None:
+        super().__init__()
+        self.op, self.bn, self.frozen = op, bn, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bn is not None and self.training and not self.frozen:
+            return torch.as_tensor(self.bn(self.op(x)))
+        return call_with(self.op, x, *deployed(self.op, self.bn))
+
+    def freeze(self) -> None:
+        """Fix the statistics of the batch norm."""
+        self.frozen = True
+
+    def converted(self) -> nn.Module:
+        """The deployed layer."""
+        fold = folded(self.bn)
+        return self.op if fold is None else fold_back(self.op, *(v.detach() for v in fold))
+
+
+def folded(bn: Any) -> tuple[Tensor, Tensor] | None:
+    """``(scale, shift)`` of a batch norm by its running statistics, float64 ``[C]``, differentiable in gamma and beta."""
+    if bn is None:
+        return None
+    sigma = torch.sqrt(bn.running_var.double() + bn.eps)
+    scale = (torch.ones_like(sigma) if bn.weight is None else bn.weight.double()) / sigma
+    return scale, (0.0 if bn.bias is None else bn.bias.double()) - bn.running_mean.double() * scale
+
+
+def along_weight(op: Any, v: Tensor) -> Tensor:
+    """A value ``[C]`` per output channel in the shape that multiplies the weight of ``op``."""
+    if isinstance(op, nn.modules.conv._ConvTransposeNd):
+        per = v.reshape(op.groups, 1, -1, *([1] * (op.weight.ndim - 2)))
+        return per.expand(op.groups, op.weight.shape[0] // op.groups, *per.shape[2:]).reshape(op.weight.shape[0], -1, *per.shape[3:])
+    return v.reshape(-1, *([1] * (op.weight.ndim - 1)))
+
+
+def deployed(op: Any, bn: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the layer with its batch norm folded, in float; the very numbers of :func:`fxq.folding.fold_back`."""
+    fold = folded(bn)
+    if fold is None:
+        return op.weight, op.bias
+    scale, shift = fold
+    weight = (op.weight.double() * along_weight(op, scale)).to(op.weight.dtype)
+    bias = shift if op.bias is None else op.bias.double() * scale + shift
+    return weight, bias.to(op.weight.dtype)
+
+
+class TrainedLayer(Quantized):
+    """A conv, transposed conv or linear layer in training, with the batch norm behind it.
+
+    While ``bn`` trains, one convolution runs: ``BN(conv(x, Q(W f)) / f + b)`` with the fold factor ``f = gamma / sigma`` of the running
+    statistics (no gradient through ``f``, on which the result does not depend but for the rounding). It equals conv and BN when nothing is rounded.
+    In eval mode, or frozen, it computes what is deployed: ``conv(x, Q(W f)) + Q(beta + (b - mu) f)``.
+
+    Attributes:
+        op: the float layer, its parameters train; ``bn``: its batch norm, or ``None``.
+        weight_spec, observer: codes of the weight, and how its range is found: anew from the current weight in each forward.
+        source: tracker of the input's grid, for the int32 bias; ``None`` for a float bias.
+        frozen: grids and batch norm are fixed.
+    """
+
+    def __init__(self, op: nn.Module, bn: nn.Module | None, weight: QParams, observer: str, source: Tracker | None) -> None:
+        bias = None if source is None else numerics.bias_qparams(source.qparams, weight)
+        super().__init__(op, weight, bias if op.bias is not None or bn is not None else None)
+        self.bn, self.observer, self.frozen = bn, observer, False
+        self._source = [source]
+
+    def grids(self, weight: Tensor, bias: Tensor | None) -> tuple[QParams, QParams | None]:
+        """Grids of a weight and of its int32 bias; of the frozen layer those that were fixed."""
+        if self.frozen:
+            return self.weight_grid.qparams, None if self.bias_grid is None else self.bias_grid.qparams
+        with torch.no_grad():
+            if not bool(torch.isfinite(weight).all()):
+                raise CalibrationError("the weight is NaN or infinite", way_out="Lower the learning rate, or clip the gradients; load the last good checkpoint")
+            lo, hi = weight_range(weight.detach(), self.weight_grid.spec, self.observer)
+            qp = numerics.choose_qparams(lo, hi, self.weight_grid.spec)
+            source = self._source[0]
+            if bias is None or source is None:
+                return qp, None
+            qp = numerics.widen_for_bias(qp, bias, source.qparams)
+            return qp, numerics.bias_qparams(source.qparams, qp)
+
+    def forward(self, x: Tensor) -> Tensor:
+        op: Any = self.op
+        if self.bn is not None and self.training and not self.frozen:
+            fold = folded(self.bn)
+            assert fold is not None
+            factor = fold[0].detach().to(x.dtype)
+            factor = torch.where(factor.abs() < LEAST_FACTOR, torch.ones_like(factor), factor)
+            weight = op.weight * along_weight(op, factor)
+            qp, _ = self.grids(weight, None)
+            y = call_with(op, x, numerics.fake_quantize(weight, qp), None)
+            shape = [1, -1, *([1] * (y.ndim - 2))] if not isinstance(op, nn.Linear) else [-1]
+            y = y / factor.reshape(shape)
+            return torch.as_tensor(self.bn(y if op.bias is None else y + op.bias.reshape(shape)))
+        weight, bias = deployed(self.op, self.bn)
+        qp, bias_qp = self.grids(weight, bias)
+        if bias is not None and bias_qp is not None:
+            bias = numerics.fake_quantize(bias, bias_qp)
+        return call_with(op, x, numerics.fake_quantize(weight, qp), bias)
+
+    def freeze(self) -> None:
+        """Fix the grids of the weight and bias and the statistics of the batch norm."""
+        weight, bias = deployed(self.op, self.bn)
+        qp, bias_qp = self.grids(weight, bias)
+        self.weight_grid = FakeQuantize(qp)
+        self.bias_grid = None if bias_qp is None else FakeQuantize(bias_qp)
+        self.frozen = True
+
+    def converted(self) -> Quantized:
+        """The deployed layer."""
+        fold = folded(self.bn)
+        with torch.no_grad():
+            weight, bias = deployed(self.op, self.bn)
+            qp, bias_qp = self.grids(weight, bias)
+            op = self.op if fold is None else fold_back(self.op, *(v.detach() for v in fold))
+        return Quantized(op, qp, bias_qp)
+
+
+def unsigned_where(spec: QuantSpec, wanted: bool, qp: QParams) -> QParams:
+    """The grid as the target stores it."""
+    return numerics.unsigned(qp) if wanted and spec.signed else qp
