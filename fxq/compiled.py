@@ -59,7 +59,7 @@ def _backend(name: str) -> tuple[Callable[..., Lowering], tuple[str, ...]]:
     if name == "tensorrt":
         from fxq.tensorrt import EngineOptions, TensorRT
 
-        return lambda **o: TensorRT(EngineOptions(**o)), tuple(f.name for f in fields(EngineOptions))
+        return lambda **o: TensorRT(EngineOptions(**o)), tuple(f.name for f in fields(EngineOptions) if f.name != "capability")
     if name == "trt-calibration-cache":
         from fxq.backends.trt_cache import CalibrationCache
 

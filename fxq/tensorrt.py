@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import onnx
@@ -25,31 +24,22 @@ from fxq.targets import Target
 
 
 @dataclass(frozen=True)
-class EngineOptions:
-    """How to make an engine; the fields of :class:`~fxq.backends.trt_builder.BuildOptions` under their own names, and:
+class EngineOptions(BuildOptions):
+    """How to make an engine: what the builder takes (the capability comes from the target), and:
 
     Attributes:
         float_dtype: ``fp32`` or ``fp16``: type of everything that is not quantized.
-        profiles: input -> its (least, best, greatest) shapes. Empty: 1, 8 and 32 in every dynamic dimension.
         strict: an operation that the builder does not run as planned is an error, otherwise a warning.
         progress: callback ``(what, done, total)``; an exception that it raises stops the build.
     """
 
     float_dtype: str = "fp32"
-    profiles: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
-    timing_cache: str | os.PathLike[str] | None = None
-    package: str | None = None
-    level: int | None = None
-    workspace: int | None = None
-    sparsity: bool = False
-    timeout: float | None = None
     strict: bool = False
     progress: Progress = no_progress
 
-    def build_options(self, capability: int | None) -> BuildOptions:
-        """What the builder needs to know."""
-        same = {f: getattr(self, f) for f in ("profiles", "timing_cache", "package", "level", "workspace", "sparsity", "timeout")}
-        return BuildOptions(capability=None if capability is None else f"sm{capability}", **same)
+    def for_capability(self, version: int | None) -> EngineOptions:
+        """These options for a compute capability (``86`` for 8.6; ``None``: all from 8.0 on)."""
+        return replace(self, capability=None if version is None else f"sm{version}")
 
 
 @dataclass(frozen=True)
@@ -184,7 +174,7 @@ class TensorRT(Lowering):
         """
         assert self._file is not None and self._file[0] is gm, "check comes first"
         file, self._file = self._file[1], None
-        built = build(file.data, self.options.build_options(target.capability), self.options.progress)
+        built = build(file.data, self.options.for_capability(target.capability), self.options.progress)
         checks = compare(gm, scheme, built.layers)
         artifact = EngineArtifact(self.name, built.engine, _info(file, built, checks, target), file.data, built.layers, checks)
         if artifact.mismatches:

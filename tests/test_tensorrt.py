@@ -216,6 +216,6 @@ def test_the_gpu_run_compares_with_the_simulator(compiled: fxq.CompiledModel, en
 
 
 def test_options_reach_the_builder() -> None:
-    o = EngineOptions(level=3, workspace=5, sparsity=True, timeout=7.0, package="tensorrt_rtx").build_options(86)
+    o = EngineOptions(level=3, workspace=5, sparsity=True, timeout=7.0, package="tensorrt_rtx").for_capability(86)
     assert (o.capability, o.level, o.workspace, o.sparsity, o.timeout, o.package) == ("sm86", 3, 5, True, 7.0, "tensorrt_rtx")
-    assert EngineOptions().build_options(None).capability is None and TensorRT().options == EngineOptions()
+    assert EngineOptions().for_capability(None).capability is None and TensorRT().options == EngineOptions()
