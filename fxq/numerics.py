@@ -102,9 +102,15 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int) -> Tensor:
-        steps = torch.round(x.to(torch.float32) / scale) + zero
-        ctx.save_for_backward((steps >= qmin) & (steps <= qmax))
-        return ((steps.clamp(qmin, qmax) - zero) * scale).to(x.dtype)
+        steps = torch.div(x.to(torch.float32), scale).round_()
+        shifted = x.device.type != "cpu" or zero.ndim > 0 or int(zero) != 0  # to ask another device would wait for it
+        if shifted:
+            steps = steps.add_(zero)
+        codes = steps.clamp(qmin, qmax)
+        ctx.save_for_backward(codes == steps)
+        if shifted:
+            codes = codes.sub_(zero)
+        return codes.mul_(scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
