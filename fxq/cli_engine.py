@@ -22,6 +22,7 @@ def add_options(p: argparse.ArgumentParser) -> None:
     g.add_argument("--float-dtype", choices=("fp32", "fp16"), default="fp32", help="type of what is not quantized")
     g.add_argument("--timing-cache", metavar="FILE", help="read and write kernel timings (full TensorRT)")
     g.add_argument("--timeout", type=float, metavar="S", help="give the build up after so many seconds")
+    g.add_argument("--reproducible", action="store_true", help="build until two builds give the same bytes")
     g.add_argument("--strict", action="store_true", help="an operation that the builder does not run as planned is an error")
     g.add_argument("--dry-run", action="store_true", help="build and print the layer plan, save nothing")
     g.add_argument("--calibration-cache", metavar="FILE", help="write the scales as a calibration cache for TensorRT 8 to 10.11 as well")
@@ -35,7 +36,7 @@ def require_consistent(a: argparse.Namespace) -> None:
         InputError: naming the option.
     """
     if a.to != "tensorrt":
-        for option in (*PROFILE, "timing_cache", "timeout", "strict", "dry_run"):
+        for option in (*PROFILE, "timing_cache", "timeout", "reproducible", "strict", "dry_run"):
             if getattr(a, option):
                 raise InputError(f"--{option.replace('_', '-')} is for engines", way_out="Add --to tensorrt")
     counts = {len(getattr(a, name)) for name in PROFILE}
@@ -64,7 +65,8 @@ def lowering_options(a: argparse.Namespace, m: CompiledModel, progress: Any) -> 
     if len(shapes[0]) > len(names):
         raise InputError(f"{len(shapes[0])} shapes are given, the model has the inputs {', '.join(names)}", way_out="Give --min, --opt, --max once per input")
     profiles = {name: tuple(s[i] for s in shapes) for i, name in enumerate(names[: len(shapes[0])])}
-    return {**options, "profiles": profiles, "timing_cache": a.timing_cache, "timeout": a.timeout, "strict": a.strict, "progress": progress}
+    same = {name: getattr(a, name) for name in ("timing_cache", "timeout", "reproducible", "strict")}
+    return {**options, **same, "profiles": profiles, "progress": progress}
 
 
 def plan_text(a: argparse.Namespace, artifact: EngineArtifact) -> str:

@@ -197,3 +197,13 @@ def test_odd_input_names(name: str) -> None:
 
 def test_nodes_without_a_name() -> None:
     assert how(m.conv_relu(rename=[""] * 5))["node_of_t3"] == "int8"
+
+
+def test_a_reproducible_build_is_one_that_came_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = build(m.conv_relu(), SM86)
+    engines = iter([b"a", b"b", b"c", b"b"])
+    monkeypatch.setattr(trt_builder, "_build", lambda data, options, progress: dataclasses.replace(real, engine=next(engines)))
+    assert build(m.conv_relu(), dataclasses.replace(SM86, reproducible=True)).engine == b"b"
+    engines = iter([b"1", b"2", b"3", b"4", b"5", b"6"])
+    with pytest.raises(EngineError, match="no two of 5 builds gave the same bytes"):
+        build(m.conv_relu(), dataclasses.replace(SM86, reproducible=True))
