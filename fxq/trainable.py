@@ -6,7 +6,6 @@ import copy
 from typing import Any
 
 from torch import nn
-from torch.fx import GraphModule
 
 from fxq.compiled import CompiledModel
 from fxq.errors import FxqError, LoweringError
@@ -85,11 +84,6 @@ class TrainableModel(CompiledModel):
             if isinstance(m, TrackedFakeQuantize) and not m.tracker.fixed and not bool(m.tracker.observer.has_data):
                 way_out = "Run a batch in training mode first, or compile with calibration="
                 raise FxqError(f"{what} before any data: this grid has no range yet", where=path.removeprefix("root."), way_out=way_out)
-
-    @property
-    def graph_module(self) -> GraphModule:
-        """The training graph."""
-        return super().graph_module
 
     def reference(self, *args: Any) -> Any:
         """The integer reference of the model as it is now: that of :meth:`convert`."""

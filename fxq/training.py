@@ -105,7 +105,10 @@ class TrackedFakeQuantize(FakeQuantize):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
-            self.tracker.see(x, part=not self.first)
+            try:
+                self.tracker.see(x, part=not self.first)
+            except CalibrationError as e:
+                raise CalibrationError(e.fact, where=self.grid, way_out=e.way_out) from e
         if not self.quantizing:  # the activation that the grid absorbed stays
             return x if self.tracker.clamp is None else x.clamp(*self.tracker.clamp)
         return numerics.fake_quantize_with(x, self.tracker.scale, self.tracker.zero_point, self.spec)
@@ -181,13 +184,14 @@ class TrainedLayer(Quantized):
         op: the float layer, its parameters train; ``bn``: its batch norm, or ``None``.
         weight_spec, observer: codes of the weight, and how its range is found: anew from the current weight in each forward.
         source: tracker of the input's grid, for the int32 bias; ``None`` for a float bias.
+        path: of the layer in the model, for errors.
         frozen: grids and batch norm are fixed.
     """
 
-    def __init__(self, op: nn.Module, bn: nn.Module | None, weight: QParams, observer: str, source: Tracker | None) -> None:
+    def __init__(self, op: nn.Module, bn: nn.Module | None, weight: QParams, observer: str, source: Tracker | None, path: str = "") -> None:
         bias = None if source is None else numerics.bias_qparams(source.qparams, weight)
         super().__init__(op, weight, bias if op.bias is not None or bn is not None else None)
-        self.bn, self.observer, self.frozen = bn, observer, False
+        self.bn, self.observer, self.frozen, self.path = bn, observer, False, path
         self._source = [source]
 
     def grids(self, weight: Tensor, bias: Tensor | None) -> tuple[QParams, QParams | None]:
@@ -196,7 +200,8 @@ class TrainedLayer(Quantized):
             return self.weight_grid.qparams, None if self.bias_grid is None else self.bias_grid.qparams
         with torch.no_grad():
             if not bool(torch.isfinite(weight).all()):
-                raise CalibrationError("the weight is NaN or infinite", way_out="Lower the learning rate, or clip the gradients; load the last good checkpoint")
+                way_out = "Lower the learning rate, or clip the gradients; load the last good checkpoint"
+                raise CalibrationError("the weight is NaN or infinite", where=self.path or None, way_out=way_out)
             lo, hi = weight_range(weight.detach(), self.weight_grid.spec, self.observer)
             qp = numerics.choose_qparams(lo, hi, self.weight_grid.spec)
             source = self._source[0]

@@ -61,7 +61,7 @@ class PrepareTraining(Pass):
         fq: Any = module_of(gm, node.all_input_nodes[0])
         source = fq.tracker if ctx.target.int32_bias else None
         op, bn = self._unfolded(gm, node, old.op, ctx)
-        return TrainedLayer(op, bn, old.weight_grid.qparams, ctx.scheme.weight_observer, source)
+        return TrainedLayer(op, bn, old.weight_grid.qparams, ctx.scheme.weight_observer, source, str(node.target))
 
     def _unfolded(self, gm: GraphModule, node: Node, old: nn.Module, ctx: PassContext) -> tuple[nn.Module, nn.Module | None]:
         """The layer before its batch norm was folded, and that batch norm."""
