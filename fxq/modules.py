@@ -279,30 +279,43 @@ class FakeQuantize(nn.Module):
 
     Buffers ``scale`` (float32) and ``zero_point`` (int32); ``spec`` is the grid's codes. ``quantizing`` switches the
     rounding, independent of ``train()``/``eval()``.
+
+    Attributes:
+        step: buffer, the scale that values are divided by before they are rounded, where it is another than ``scale``, by which the readers
+            multiply the codes (ternary activations, DoReFa's older form); otherwise ``None``.
     """
 
     scale: Tensor
     zero_point: Tensor
+    step: Tensor | None
 
-    def __init__(self, qparams: QParams, grid: str = "") -> None:
+    def __init__(self, qparams: QParams, grid: str = "", step: Tensor | None = None) -> None:
         super().__init__()
         self.spec: QuantSpec = qparams.spec
         self.grid, self.quantizing = grid, True
         self.register_buffer("scale", qparams.scale.clone())
         self.register_buffer("zero_point", qparams.zero_point.clone())
+        self.register_buffer("step", None if step is None else step.clone())
 
     @property
     def qparams(self) -> QParams:
-        """The grid as data."""
+        """The grid as data, as its readers see it."""
         return QParams(self.spec, self.scale, self.zero_point)
+
+    @property
+    def rounding(self) -> QParams:
+        """The grid that values are rounded to: that of :attr:`qparams` with the scale ``step``."""
+        return self.qparams if self.step is None else QParams(self.spec, self.step, self.zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.quantizing:
             return x
-        return numerics.fake_quantize_with(x, self.scale, self.zero_point, self.spec)
+        if self.step is None:
+            return numerics.fake_quantize_with(x, self.scale, self.zero_point, self.spec)
+        return numerics.fake_quantize_with(x, self.step, self.zero_point, self.spec, self.scale)
 
     def extra_repr(self) -> str:
-        return str(self.qparams)
+        return str(self.qparams) if self.step is None else f"{self.qparams}, step {float(self.step):.6g}"
 
 
 class Wrapper(nn.Module):

@@ -26,7 +26,7 @@ def choose_qparams(lo: Tensor, hi: Tensor, spec: QuantSpec) -> QParams:
 
     Asymmetric: ``s = (hi-lo)/(qmax-qmin)``, ``z = clamp(rne(qmin - lo/s), qmin, qmax)``.
     Symmetric: ``s = max(|lo|, |hi|)/qmax``, ``z = 0``; an unsigned symmetric grid takes ``s = hi/qmax``.
-    A constant zero has ``s = 1``; a dead channel takes the largest scale among the others.
+    A constant zero has ``s = 1``; a dead channel takes the largest scale among the others. A binary grid has ``s = 1``.
 
     Args:
         lo, hi: float tensors, rank 0 or ``[C]`` for a per-channel grid.
@@ -39,6 +39,8 @@ def choose_qparams(lo: Tensor, hi: Tensor, spec: QuantSpec) -> QParams:
     if not bool(torch.isfinite(lo).all() & torch.isfinite(hi).all()):
         raise CalibrationError("the range holds NaN or infinity", way_out="Look for the layer or batch that makes them")
     lo, hi = lo.clamp(max=0.0), hi.clamp(min=0.0)
+    if spec.kind == "binary":
+        return QParams(spec, torch.ones_like(hi), torch.zeros_like(hi, dtype=torch.int32))
     if spec.symmetric:
         top = torch.maximum(-lo, hi) if spec.qmin < 0 else hi
         scale = top / spec.qmax
@@ -80,8 +82,11 @@ def spread(v: Tensor, spec: QuantSpec, shape: Sequence[int]) -> Tensor:
 def quantize(x: Tensor, qp: QParams) -> Tensor:
     """Codes ``clamp(rne(x/s) + z, qmin, qmax)`` in ``qp.spec.dtype``, shape of ``x``. NaN is not allowed.
 
-    A ``float8`` code is the nearest number of that type to ``x/s``, saturated (ONNX QuantizeLinear, ``saturate=1``).
+    A ``float8`` code is the nearest number of that type to ``x/s``, saturated (ONNX QuantizeLinear, ``saturate=1``); a ``binary``
+    code is 1 where ``x >= 0`` and -1 elsewhere, whatever the scale is.
     """
+    if qp.spec.kind == "binary":
+        return torch.where(x >= 0, 1, -1).to(qp.spec.dtype)
     steps = x.to(torch.float32) / spread(qp.scale.to(x.device), qp.spec, x.shape)
     if qp.spec.kind != "float8":
         steps = torch.round(steps) + spread(qp.zero_point.to(x.device), qp.spec, x.shape)
@@ -101,7 +106,7 @@ class _FakeQuantize(torch.autograd.Function):
     """Forward: quantize and dequantize. Backward: the gradient passes where the code was not clamped."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, value: Tensor | None = None) -> Tensor:
         steps = torch.div(x.to(torch.float32), scale).round_()
         shifted = x.device.type != "cpu" or zero.ndim > 0 or int(zero) != 0  # to ask another device would wait for it
         if shifted:
@@ -110,12 +115,12 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.save_for_backward(codes == steps)
         if shifted:
             codes = codes.sub_(zero)
-        return codes.mul_(scale).to(x.dtype)
+        return codes.mul_(scale if value is None else value).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         (inside,) = ctx.saved_tensors
-        return grads[0] * inside, None, None, None, None
+        return grads[0] * inside, None, None, None, None, None
 
 
 class _FakeFloat8(torch.autograd.Function):
@@ -133,13 +138,34 @@ class _FakeFloat8(torch.autograd.Function):
         return grads[0] * inside, None, None
 
 
-def fake_quantize_with(x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec) -> Tensor:
-    """:func:`fake_quantize` with scale and zero point as tensors (unchecked; a training step needs no more)."""
+class _FakeSign(torch.autograd.Function):
+    """Forward: ``scale`` where ``x >= 0``, ``-scale`` elsewhere. Backward: the gradient passes where ``|x| < 1``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(x.abs() < 1)
+        return torch.where(x >= 0, scale, -scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        (inside,) = ctx.saved_tensors
+        return grads[0] * inside, None
+
+
+def fake_quantize_with(x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec, value: Tensor | None = None) -> Tensor:
+    """:func:`fake_quantize` with scale and zero point as tensors (unchecked; a training step needs no more).
+
+    Args:
+        value: scale of the values given, where it is another than the one that ``x`` is divided by.
+    """
     s = spread(scale.to(x.device), spec, x.shape)
+    v = s if value is None else spread(value.to(x.device), spec, x.shape)
     if spec.kind == "float8":
         out: Tensor = _FakeFloat8.apply(x, s, spec.qmax)
+    elif spec.kind == "binary":
+        out = _FakeSign.apply(x, v)
     else:
-        out = _FakeQuantize.apply(x, s, spread(zero.to(x.device), spec, x.shape), spec.qmin, spec.qmax)
+        out = _FakeQuantize.apply(x, s, spread(zero.to(x.device), spec, x.shape), spec.qmin, spec.qmax, v)
     return out
 
 
