@@ -65,6 +65,24 @@ def unsigned(qp: QParams) -> QParams:
     return QParams(spec, qp.scale, qp.zero_point - qp.spec.qmin)
 
 
+def top_code(spec: QuantSpec) -> int | None:
+    """Greatest code of a grid with less than 256 codes, counted from its least one; ``None`` for grids that use 8 bits or more in full."""
+    return None if spec.kind == "float8" or spec.qmax - spec.qmin >= 255 else spec.qmax - spec.qmin
+
+
+def in_bytes(qp: QParams) -> QParams:
+    """The 8-bit unsigned grid on which a file holds the codes of a narrower or a signed 8-bit one: the same reals, codes moved up by ``-qmin``."""
+    spec = replace(qp.spec, bits=8, signed=False, narrow=False, symmetric=False, kind="affine")
+    return QParams(spec, qp.scale, qp.zero_point - qp.spec.qmin)
+
+
+def constant_qparams(value: Tensor, spec: QuantSpec) -> QParams:
+    """Grid of a number next to codes of ``spec`` (rank 0): always 8 bits or more."""
+    if top_code(spec) is not None:
+        spec = replace(spec.per_tensor(), bits=8, signed=False, narrow=False, symmetric=False, kind="affine")
+    return choose_qparams(value, value, spec)
+
+
 def along(v: Tensor, axis: int | None, ndim: int) -> Tensor:
     """View a ``[C]`` vector so that it broadcasts along ``axis`` of a tensor with ``ndim`` dimensions."""
     if v.ndim == 0 or axis is None:
