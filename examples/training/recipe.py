@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import tomllib
 import types
 from dataclasses import dataclass, field
@@ -166,7 +167,10 @@ def apply(table: dict[str, Any], change: str) -> None:
     except tomllib.TOMLDecodeError:
         value = text.strip()
     steps = name.strip().split(".")
-    if len(steps) == 1 and steps[0] in {f.name for f in dataclasses.fields(Stage)}:
+    own, inner = ([f.name for f in dataclasses.fields(kind)] for kind in (Recipe, Stage))
+    if len(steps) == 1 and steps[0] not in own:
+        if steps[0] not in inner:
+            raise InputError(f"unknown key {steps[0]!r}", where=f"--set {change}", way_out=nearest(steps[0], [*own, *inner]))
         steps = ["stages", "0", *steps]
     at: Any = table
     for step in steps[:-1]:
@@ -215,7 +219,7 @@ def _value(value: Any, hint: Any, meta: types.MappingProxyType[str, Any], where:
     if meta["choices"] and value not in meta["choices"]:
         raise InputError(f"{name} is {value!r}", where=where, way_out=nearest(value, meta["choices"]))
     least, most = meta["least"], meta["most"]
-    if least is not None and not value >= least or most is not None and not value <= most:
-        bounds = f"at least {least}" if most is None else f"between {least} and {most}"
+    if least is not None and not (least <= value <= (math.inf if most is None else most) and math.isfinite(value)):
+        bounds = f"at least {least}, and finite" if most is None else f"between {least} and {most}"
         raise InputError(f"{name} is {value!r}", where=where, way_out=f"It is {bounds}")
     return value

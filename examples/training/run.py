@@ -181,7 +181,7 @@ class Run:
             group["lr"] = parts.rate(recipe.stages[at.stage], at.epoch * steps + at.step, steps)
         x, y = self.batches.take(rows, at.number, at.step)
         where = f"{name}, step {at.step + 1}"
-        way_out = "Lower lr, lengthen warmup or set optimizer.clip_norm; the last checkpoint is from before"
+        way_out = "Lower lr, lengthen warmup or set optimizer.clip_norm; checkpoints are from before"
         try:
             with torch.autocast("cpu", torch.bfloat16, enabled=recipe.amp):
                 soft = None
