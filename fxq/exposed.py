@@ -15,6 +15,7 @@ from fxq.backends.onnxruntime import session
 from fxq.backends.reference import Step, value_name
 
 CHUNK_BYTES = 1 << 28
+QUANTIZE = "QuantizeLinear"
 
 
 class Exposed:
@@ -45,6 +46,11 @@ class Exposed:
         wishes += nodes.get(s.name, [])[:1]
         wishes += nodes.get(value_name(s.split or s.core), [])[s.index : s.index + 1]
         return next((w for w in wishes if w in self.producer), None)
+
+    def rounds_float(self, s: Step) -> bool:
+        """Is the step's tensor rounded from floats (and clipped), instead of given by an integer kernel?"""
+        tensor = self.tensors[s]
+        return QUANTIZE in (self.producer[tensor], self.producer.get(f"{s.name}/wide") if self.producer[tensor] == "Clip" else "")
 
     def start(self, feed: dict[str, Any]) -> list[Any]:
         """Begin a batch; returns the graph's outputs."""

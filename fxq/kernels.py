@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from fxq import modules as m
 from fxq import numerics
 from fxq.errors import FxqError
-from fxq.graph import shape
+from fxq.graph import kind, module_of, shape
 from fxq.spec import QParams
 
 F4 = np.float32
@@ -51,15 +51,20 @@ class Codes:
 
 
 def constant(value: float, qp: QParams, rank: int) -> Codes:
-    """A Python scalar operand of shape ``[1] * rank`` on the grid that ``choose_qparams(value, value)`` gives for the codes of ``qp``."""
+    """A Python scalar operand of shape ``[1] * rank`` on the grid that ``constant_qparams`` gives next to the codes of ``qp``."""
     v = torch.tensor(float(value))
-    grid = numerics.choose_qparams(v, v, qp.spec)
+    grid = numerics.constant_qparams(v, qp.spec)
     return Codes(numerics.quantize(v, grid).reshape([1] * rank), grid)
 
 
-def as_unsigned(x: Codes) -> Codes:
-    """Signed codes shifted to unsigned ones: the runtime rewrites s8 to u8 before it fuses (same reals, other roundings)."""
-    return Codes((x.codes.to(torch.int32) - x.qp.spec.qmin).to(torch.uint8), numerics.unsigned(x.qp))
+def in_bytes(x: Codes) -> Codes:
+    """Codes as the fused kernels see them, unsigned 8 bits: the file holds narrow grids so, the runtime rewrites s8 (same reals, other roundings)."""
+    return Codes((x.codes.to(torch.int32) - x.qp.spec.qmin).to(torch.uint8), numerics.in_bytes(x.qp))
+
+
+def from_bytes(codes: Tensor, qp: QParams) -> Tensor:
+    """Codes of the grid ``qp`` from unsigned bytes on ``numerics.in_bytes(qp)``; what lies above its greatest code is clipped to it."""
+    return (codes.to(torch.int32) + qp.spec.qmin).clamp(max=qp.spec.qmax).to(qp.spec.dtype)
 
 
 # ---------------------------------------------------------------- conv, linear, matmul
@@ -123,7 +128,9 @@ def products(a: Codes, b: Codes) -> tuple[Tensor, Tensor]:
 
 
 def _epilogue(acc: Tensor, scale: Tensor, qp: QParams) -> Tensor:
-    """``clip(rne(fl(acc) * fl(scale / s_y))) + z_y``: the requantization of convolution and matrix products."""
+    """``clip(rne(fl(acc) * fl(scale / s_y))) + z_y``: the requantization of convolution and matrix products. On a binary grid the sign of ``acc``."""
+    if qp.spec.kind == "binary":
+        return numerics.quantize(acc, qp)
     real = acc.to(torch.float32).numpy() * (scale / qp.scale).numpy()
     return torch.from_numpy(numerics.requantize(real, qp.spec, int(qp.zero_point)))
 
@@ -184,16 +191,14 @@ def operand_order(node: Node) -> tuple[Any, ...]:
 
 def add(module: nn.Module, xs: Sequence[Codes], qp: QParams) -> Tensor:
     """QLinearAdd: ``rne(fma(r_a, a, fma(r_b, b, z_c - fma(r_a, z_a, r_b*z_b))))`` with ``r = s / s_c``; a scalar operand comes last."""
-    a, b = xs
-    if qp.spec.qmin < 0:
-        shifted = add(module, [as_unsigned(a), as_unsigned(b)], numerics.unsigned(qp))
-        return (shifted.to(torch.int32) + qp.spec.qmin).to(qp.spec.dtype)
+    a, b = map(in_bytes, xs)
     if first_is_scalar(a.codes.shape, b.codes.shape):
         a, b = b, a
+    given, qp = qp, numerics.in_bytes(qp)
     sc = F4(qp.scale)
     ra, rb = F4(a.qp.scale) / sc, F4(b.qp.scale) / sc
     fixed = F4(int(qp.zero_point)) - _fma(ra, F4(int(a.qp.zero_point)), rb * F4(int(b.qp.zero_point)))
-    return _saturate(_fma(ra, a.codes.numpy(), _fma(rb, b.codes.numpy(), fixed)), qp)
+    return from_bytes(_saturate(_fma(ra, a.codes.numpy(), _fma(rb, b.codes.numpy(), fixed)), qp), given)
 
 
 def mul(module: nn.Module, xs: Sequence[Codes], qp: QParams) -> Tensor:
@@ -278,10 +283,10 @@ def move(module: nn.Module, xs: Sequence[Codes], qp: QParams) -> Tensor:
 
 
 def pad(module: nn.Module, xs: Sequence[Codes], qp: QParams) -> Tensor:
-    """Padding with 0 writes the zero point; other modes copy codes."""
+    """Padding with 0 writes the code of 0; other modes copy codes."""
     assert isinstance(module, m.Pad)
     x = xs[0]
-    value = float(int(x.qp.zero_point)) if module.mode == "constant" else None
+    value = float(numerics.quantize(torch.zeros(()), x.qp)) if module.mode == "constant" else None  # on a binary grid 1
     moved = torch.nn.functional.pad(x.codes.to(torch.float32), module.pads, module.mode, value)
     return Codes(moved.to(x.codes.dtype), x.qp).onto(qp)
 
@@ -299,3 +304,68 @@ KERNELS: dict[str, Kernel] = {
 }  # fmt: skip
 FLOAT_OUTPUT = ("linear", "matmul")
 BINARY = ("add", "mul")
+MOVERS = ("max_pool", "reshape", "permute", "slice", "index_select", "resize", "pad", "cat", "getitem")
+
+
+# ---------------------------------------------------------------- which nodes run on codes
+
+
+def _is_grid(gm: GraphModule, n: Any) -> bool:
+    return isinstance(n, Node) and kind(gm, n) == "fake_quantize"
+
+
+def is_integer(gm: GraphModule, n: Node) -> bool:
+    """The node reads grids only and has a kernel."""
+    k = kind(gm, n)
+    if not n.meta.get("integer") or n.kwargs:
+        return False
+    if k == "getitem":
+        split = n.args[0]
+        return isinstance(split, Node) and kind(gm, split) == "split" and _is_grid(gm, split.args[0])
+    if k not in KERNELS or not all(_is_grid(gm, a) or isinstance(a, (int, float)) for a in n.args):
+        return False
+    module: Any = module_of(gm, n)
+    if k in m.WEIGHTED:
+        return isinstance(module, m.Quantized) and module.dynamic is None and (module.op.bias is None or module.bias_grid is not None)
+    if k == "resize":
+        return bool(module.mode.startswith("nearest"))
+    return k != "pad" or module.mode != "constant" or module.value == 0
+
+
+def keeps_grid(gm: GraphModule, fq: Node) -> bool:
+    """Does the ``fake_quantize`` node stand behind an integer mover of values that are on its grid already?"""
+    source = fq.all_input_nodes[0]
+    if kind(gm, source) not in MOVERS or not is_integer(gm, source):
+        return False
+    grid: Any = module_of(gm, fq)
+    inputs: Any = source.args[0].all_input_nodes if kind(gm, source) == "getitem" else source.all_input_nodes  # type: ignore[union-attr]
+    return all(module_of(gm, n).qparams.same_grid(grid.rounding) for n in inputs)  # type: ignore[operator, union-attr]
+
+
+def gives_sign(gm: GraphModule, layer: Node) -> bool:
+    """Is it an integer weighted layer whose only reader is a binary grid? Such a layer gives the sign of its integer sum."""
+    users = list(layer.users)
+    if kind(gm, layer) not in m.WEIGHTED or len(users) != 1 or not _is_grid(gm, users[0]) or not is_integer(gm, layer):
+        return False
+    fq: Any = module_of(gm, users[0])
+    return bool(fq.spec.kind == "binary")
+
+
+def can_vanish(module: m.Quantized, x: QParams) -> bool:
+    """Can an integer sum of the layer be 0? Not where its bias is no multiple of what all weights of the filter are multiples of, or too large.
+
+    Args:
+        module: conv or linear layer with int32 bias.
+        x: grid of its input.
+    """
+    wq, bias = module.weight_grid.qparams, module.bias_codes()
+    codes = module.weight_codes().to(torch.int64)
+    w = (codes - numerics.along(wq.zero_point, wq.spec.axis, codes.ndim)).flatten(1)
+    if bias is None:
+        return True
+    divisor = torch.from_numpy(np.gcd.reduce(w.numpy(), axis=1))
+    lo, hi = _span(x)
+    most = torch.maximum(w * hi, w * lo).clamp(min=0).sum(1) + bias
+    least = torch.minimum(w * hi, w * lo).clamp(max=0).sum(1) + bias
+    multiple = torch.where(divisor == 0, bias == 0, bias % divisor.clamp(min=1) == 0)
+    return bool((multiple & (least <= 0) & (most >= 0)).any())

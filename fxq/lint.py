@@ -24,6 +24,7 @@ from fxq.lowering import contents
 
 TARGETS = {"onnxruntime": "ONNX Runtime, CPU provider, all optimizations", **lint_trt.SUMMARIES}
 GONE = "gone"
+TYPED_LIKE_INPUT = {*ON_CODES, "Clip", "Pad"}
 CLIPS = ("Relu", "Clip")  # they vanish: into a kernel or into a Q, which cannot be told apart afterwards
 Source = bytes | str | os.PathLike[str] | onnx.ModelProto
 
@@ -206,11 +207,11 @@ def _types_of(model: onnx.ModelProto) -> dict[str, int]:
         first = types.get(node.input[0], 0) if node.input else 0
         if node.op_type == Q:
             kind = types.get(node.input[2], onnx.TensorProto.UINT8) if len(node.input) > 2 else onnx.TensorProto.UINT8
-        elif node.op_type == "QLinearConcat":
+        elif node.op_type in ("QLinearConcat", "Where"):
             kind = types.get(node.input[1], 0)
         elif node.op_type == "QGemm":
             kind = first if len(node.input) > 8 and node.input[8] else onnx.TensorProto.FLOAT
-        elif node.op_type.startswith("QLinear") or node.op_type.removeprefix("Nhwc") in ON_CODES:
+        elif node.op_type.startswith("QLinear") or node.op_type.removeprefix("Nhwc") in TYPED_LIKE_INPUT:
             kind = first
         else:
             kind = onnx.TensorProto.FLOAT

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fxq import modules as m
 from fxq import numerics
+from fxq.backends.onnx_codes import read_grid
 from fxq.backends.onnx_half import on_half_grids
 from fxq.backends.onnxruntime import session
 from fxq.backends.reference import Reference, Step, value_name
@@ -87,7 +88,7 @@ class _Ledger:
         if not bool(wrong.any()):
             return got
         if step.kind == "quantize" and step.core in self.inexact:
-            ties = wrong & _near_half_step(self.reference.rounding, ours, theirs, value.qp, self.bound)
+            ties = wrong & _near_half_step(self.reference.rounding, ours, theirs, _quantizer(self.reference, step).rounding, self.bound)
             self.ties[step.name] = self.ties.get(step.name, 0) + int(ties.sum())
             wrong = wrong & ~ties
         differ = int(wrong.sum())
@@ -133,10 +134,8 @@ class _Ledger:
     def cause(self, step: Step) -> str:
         """The likeliest reason, from what the file and the fused graph hold."""
         name, path, module = step.name, step.path, step.module
-        if not step.gives_float:
-            qp = module_of(self.reference.gm, step.result).qparams
-            if not self._same_grid(name, qp):  # type: ignore[arg-type]
-                return "the file has another grid there"
+        if not step.gives_float and not self._same_grid(name, read_grid(self.reference.gm, step.result)):
+            return "the file has another grid there"
         if isinstance(module, m.Quantized):
             for part, codes in (("weight_q", module.weight_codes()), ("bias_q", module.bias_codes())):
                 if codes is not None and not self._same(f"{path}/{part}", codes):
@@ -145,7 +144,7 @@ class _Ledger:
         lost = any(b is not None and b.kind == "requantize" and b not in self.exposed.tensors for b in before)
         if lost or self.exposed.tensors[step] in self.exposed.merged:
             return "the runtime merged two grids in a row (a value whose only reader rounds it again) into one"
-        if step.kind not in ("quantize", "requantize") and self.exposed.producer[self.exposed.tensors[step]] == "QuantizeLinear":
+        if step.kind not in ("quantize", "requantize") and self.exposed.rounds_float(step):
             return "the runtime did not fuse it: between its Q/DQ nodes it runs in float"
         if step.kind == "quantize":
             source: Any = module_of(self.reference.gm, step.core) if step.core.op == "call_module" else None
@@ -162,6 +161,12 @@ class _Ledger:
         if have is None:
             return True
         return bool(np.array_equal(numpy_helper.to_array(have).astype(np.float64), want.detach().cpu().numpy().astype(np.float64)))
+
+
+def _quantizer(reference: Reference, step: Step) -> m.FakeQuantize:
+    fq = module_of(reference.gm, step.result)
+    assert isinstance(fq, m.FakeQuantize)
+    return fq
 
 
 def _island_text(reference: Reference, node: Node | None = None) -> str:
@@ -183,6 +188,8 @@ def _inexact(reference: Reference) -> set[Node]:
 def _near_half_step(value: Tensor, ours: Tensor, theirs: Tensor, qp: QParams, bound: float) -> Tensor:
     """Where two codes are one step apart because ``value`` lies next to the half step between them."""
     a, b, v = ours.to(torch.float64), theirs.to(torch.float64), value.to(torch.float64)
+    if qp.spec.kind == "binary":  # its only border is 0
+        return v.abs() <= bound * v.abs().max()
     if qp.spec.kind == "float8":  # its steps are not alike: the other code must be what a value within the bound rounds to
         ends = [numerics.quantize(v + side * bound * v.abs().max(), qp).to(torch.float64) for side in (-1, 1)]
         return (ends[0] <= b) & (b <= ends[1])

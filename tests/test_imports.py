@@ -38,7 +38,7 @@ STREET: tuple[tuple[str, ...], ...] = (
 """A module imports from the rows above its own only."""
 
 ONE_BACKEND = (
-    {"onnx_qdq", "onnx_ops", "onnx_weighted", "onnx_float", "onnx_island", "onnx_limits", "onnx_writer", "onnx_half", "trt_cache"},
+    {"onnx_qdq", "onnx_ops", "onnx_weighted", "onnx_float", "onnx_island", "onnx_limits", "onnx_writer", "onnx_codes", "onnx_half", "trt_cache"},
     {"trt_builder", "trt_engine", "trt_layers", "trt_messages", "trt_profiles"},
 )
 """The ONNX writer and TensorRT are one backend each in several files, which may import each other; any other import between backends is forbidden."""

@@ -128,7 +128,7 @@ def test_signed_grids_run_as_unsigned_ones(op: str) -> None:
         x, y = every_code(grid(rng, spec=S8), 256, 1), every_code(grid(rng, spec=S8), 1, 256)
         wide = float(x.qp.scale + y.qp.scale) if op == "QLinearAdd" else float(x.qp.scale * y.qp.scale) * 150
         out = grid(rng, wide * rng.uniform(0.3, 1.2), S8)
-        want = binary(op, kernels.as_unsigned(x), kernels.as_unsigned(y), numerics.unsigned(out)).to(torch.int32) + S8.qmin
+        want = binary(op, kernels.in_bytes(x), kernels.in_bytes(y), numerics.in_bytes(out)).to(torch.int32) + S8.qmin
         assert torch.equal(kernel(nn.Identity(), [x, y], out).to(torch.int32), want)
 
 

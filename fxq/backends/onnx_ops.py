@@ -10,13 +10,13 @@ from torch import nn
 from torch.fx import Node
 
 from fxq import modules as m
+from fxq.backends.onnx_codes import HARD_SIGMOID_WIDTH, stored_codes
 from fxq.backends.onnx_weighted import PAD_MODES, weighted
-from fxq.backends.onnx_writer import Emitter, Writer, rounding
+from fxq.backends.onnx_writer import Emitter, Writer, quantizer, rounder
 from fxq.graph import kind, module_of, shape
 from fxq.kernels import operand_order
-from fxq.modules import FakeQuantize
 
-HARD_SIGMOID_SHIFT, HARD_SIGMOID_WIDTH = 3.0, 6.0
+HARD_SIGMOID_SHIFT = 3.0
 RESIZE_MODES = {"nearest": "nearest", "nearest-exact": "nearest", "linear": "linear", "bilinear": "linear", "trilinear": "linear", "bicubic": "cubic"}
 TO_THE_END = 2**62  # a slice bound beyond every size
 
@@ -85,7 +85,7 @@ def index_select(w: Writer, node: Node, module: nn.Module) -> str:
 
 
 def pad(w: Writer, node: Node, module: nn.Module) -> str:
-    """Pad; an integer one writes the codes themselves, padded with the zero point (between DQ and Q it would run in float)."""
+    """Pad; an integer one writes the codes themselves, padded with the code of 0 (between DQ and Q it would run in float)."""
     p: Any = module
     out, source, n = w.out(node), node.all_input_nodes[0], len(shape(node))
     full = [*p.pads, *([0] * (2 * n - len(p.pads)))]
@@ -95,9 +95,8 @@ def pad(w: Writer, node: Node, module: nn.Module) -> str:
         return w.op("Pad", [w.input(node), pads], out, mode=PAD_MODES[p.mode])
     user = moved_to(w, node)
     if user is not None and p.value == 0:
-        fq: Any = module_of(w.gm, source)
         w.nodes_on_codes.add(node)
-        value = w.const(f"{out}/value", fq.zero_point.to(fq.spec.dtype))
+        value = w.const(f"{out}/value", stored_codes(torch.zeros(()), quantizer(w.gm, source).qparams))
         return w.op("Pad", [w.codes(source), pads, value], w.codes(user), mode="constant")
     value = w.const(f"{out}/value", torch.tensor(p.value, dtype=source.meta["dtype"]))
     return w.op("Pad", [w.input(node), pads, value], out, mode="constant")
@@ -108,9 +107,8 @@ def moved_to(w: Writer, node: Node) -> Node | None:
     source, users = node.all_input_nodes[0], list(node.users)
     if not node.meta.get("integer") or len(users) != 1 or kind(w.gm, source) != "fake_quantize":
         return None
-    fq, grid = module_of(w.gm, source), rounding(w.gm, node)
-    assert isinstance(fq, FakeQuantize)
-    return users[0] if grid is not None and fq.qparams.same_grid(grid) else None
+    user = rounder(w.gm, node)
+    return user if user is not None and quantizer(w.gm, source).qparams.same_grid(quantizer(w.gm, user).rounding) else None
 
 
 def _each(v: Any, n: int) -> list[int]:

@@ -10,20 +10,19 @@ import torch
 from onnx import helper
 from torch.fx import GraphModule, Node
 
-from fxq import numerics
 from fxq.backends import onnx_float, onnx_ops
+from fxq.backends.onnx_codes import fake_quantize
 from fxq.backends.onnx_half import LEAST, TOP, to_half
 from fxq.backends.onnx_island import Island, find, schedule, splice
 from fxq.backends.onnx_limits import refusal
-from fxq.backends.onnx_ops import HARD_SIGMOID_WIDTH
 from fxq.backends.onnx_weighted import NIBBLE
-from fxq.backends.onnx_writer import TYPES, Writer, constant
+from fxq.backends.onnx_writer import TYPES, Writer, constant, quantizer
 from fxq.errors import LoweringError, TargetError
 from fxq.graph import input_names, kind, module_of
+from fxq.kernels import can_vanish, gives_sign
 from fxq.lowering import Artifact, Issue, Lowering
-from fxq.modules import FakeQuantize, Quantized
+from fxq.modules import Quantized
 from fxq.schemes import Scheme
-from fxq.spec import QParams
 from fxq.targets import Target
 
 EMITTERS = {**onnx_ops.EMITTERS, **onnx_float.EMITTERS}
@@ -66,6 +65,9 @@ class OnnxQdq(Lowering):
                 issues.extend(_output_faults(node.args[0]))
             if node.op == "call_module" and isinstance(module_of(gm, node), Quantized) and refusal(gm, node) is not None:
                 issues.append(Issue(node.name, str(refusal(gm, node)), "Leave the layer float with skip="))
+            if target.fused and gives_sign(gm, node) and can_vanish(module_of(gm, node), quantizer(gm, node.all_input_nodes[0]).qparams):  # type: ignore[arg-type]
+                fact = "its integer sum can be 0, whose sign is +, but a rounding onto a binary grid needs a sum of 1 or -1 at least"
+                issues.append(Issue(_path(node), fact, "Give it an int32 bias that is no multiple of its weights' codes, or read it on an 8-bit grid first"))
         issues.extend(self._half_faults(gm, target))
         widths = {id(q.op.weight): q.weight_grid.spec.bits / 8 for q in gm.modules() if isinstance(q, Quantized)}
         size = sum(p.numel() * widths.get(id(p), p.element_size()) for p in gm.parameters())
@@ -169,30 +171,13 @@ def _emit(w: Writer, node: Node) -> None:
     if k == "attr":
         w.later(node, lambda: w.const(w.out(node), constant(gm, node)))
     elif k == "fake_quantize":
-        _round(w, node)
+        fake_quantize(w, node)
     elif k == "getitem":
         source = node.all_input_nodes[0]
         index = int(node.args[1]) % len(source.meta["shape"])  # type: ignore[arg-type]
         w.names[node] = f"{source.target}_{index}" if source.op == "placeholder" else f"{w.name(source)}/{index}"
     else:
         w.names[node] = EMITTERS[k](w, node, module_of(gm, node))
-
-
-def _round(w: Writer, node: Node) -> None:
-    """QuantizeLinear of the value (nothing when it is on codes already), DequantizeLinear when a reader wants the float value."""
-    gm, module, source = w.gm, module_of(w.gm, node), node.all_input_nodes[0]
-    assert isinstance(module, FakeQuantize)
-    path, qp = w.codes(node), module.qparams
-    s, z = w.grid(path, qp)
-    axis = {} if qp.spec.axis is None else {"axis": qp.spec.axis}
-    if source.op == "get_attr":
-        w.const(path, numerics.quantize(constant(gm, source), qp))
-    elif source not in w.nodes_on_codes:
-        store = s
-        if kind(gm, source) == "hardsigmoid" and source.meta.get("integer"):
-            store, _ = w.grid(f"{path}/wide", QParams(qp.spec, qp.scale * HARD_SIGMOID_WIDTH, qp.zero_point))
-        w.op("QuantizeLinear", [w.name(source), store, z], path, **axis)
-    w.later(node, lambda: w.op("DequantizeLinear", [path, s, z], f"{path}/dq", **axis))
 
 
 def named_results(value: Any, name: str = "") -> list[tuple[str, Node]]:

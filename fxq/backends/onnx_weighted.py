@@ -11,9 +11,11 @@ from torch.fx import Node
 
 from fxq import modules as m
 from fxq import numerics
-from fxq.backends.onnx_writer import Writer, rounding
+from fxq.backends.onnx_codes import read_grid, written_grid
+from fxq.backends.onnx_writer import Writer, quantizer, rounder
 from fxq.convolutions import conv_pads
-from fxq.graph import kind, module_of, shape
+from fxq.graph import kind, shape
+from fxq.kernels import gives_sign
 from fxq.spec import QParams
 
 NIBBLE = 4  # bits that ONNX's INT4 holds
@@ -56,11 +58,10 @@ def _padded(w: Writer, node: Node, mode: str, begin: list[int], end: list[int]) 
     pads = w.ints(f"{out}/pads", [0, 0, *begin, 0, 0, *end])
     if kind(w.gm, source) != "fake_quantize":
         return w.op("Pad", [w.name(source), pads], f"{out}/padded", mode=PAD_MODES[mode])
-    fq: Any = module_of(w.gm, source)
     if w.target.placement == "inputs":  # nothing may stand between Q and DQ: the padded values are rounded again, onto themselves
-        return _pair(w, w.op("Pad", [w.name(source), pads], f"{out}/padded", mode=PAD_MODES[mode]), fq.qparams)
+        return _pair(w, w.op("Pad", [w.name(source), pads], f"{out}/padded", mode=PAD_MODES[mode]), read_grid(w.gm, source))
     codes = w.op("Pad", [w.codes(source), pads], f"{out}/padded_q", mode=PAD_MODES[mode])
-    return w.op("DequantizeLinear", [codes, *w.grid(w.codes(source), fq.qparams)], f"{out}/padded/dq")
+    return w.op("DequantizeLinear", [codes, *w.grid(w.codes(source), read_grid(w.gm, source))], f"{out}/padded/dq")
 
 
 def _float_bias(w: Writer, node: Node, op: Any) -> list[str]:
@@ -71,13 +72,26 @@ def _weight(w: Writer, node: Node, module: m.Quantized) -> str:
     """Integer weight behind DequantizeLinear. int4 is cast to int8 first: constant folding expands it before the runtime fuses Q/DQ."""
     out = w.out(node)
     qp, codes = _coded(w, out, module)
-    s, z = w.grid(f"{out}/weight", qp)
+    grid = unit(qp) if _is_sign(w, node) else qp
+    s, z = w.grid(f"{out}/weight", grid)
     if qp.spec.bits <= NIBBLE and qp.spec.signed:
         q = w.op("Cast", [w.int4(f"{out}/weight_q4", codes)], f"{out}/weight_q", to=TensorProto.INT8)
     else:
         q = w.const(f"{out}/weight_q", codes)
-    axis = {} if qp.spec.axis is None else {"axis": qp.spec.axis}
+    axis = {} if grid.spec.axis is None else {"axis": grid.spec.axis}
     return w.op("DequantizeLinear", [q, s, z], f"{out}/weight/dq", **axis)
+
+
+def _is_sign(w: Writer, node: Node) -> bool:
+    """A sign does not depend on scales: the layer is written with weights of scale 1, so that no channel's scale can be too small to saturate."""
+    return w.target.fused and gives_sign(w.gm, node)
+
+
+def unit(qp: QParams) -> QParams:
+    """The weight grid with scale 1: one for all channels unless their zero points differ."""
+    if qp.zero_point.ndim and bool((qp.zero_point != qp.zero_point[0]).any()):
+        return QParams(qp.spec, torch.ones_like(qp.scale), qp.zero_point)
+    return QParams(qp.spec.per_tensor(), torch.tensor(1.0), qp.zero_point.reshape(-1)[0])
 
 
 def _coded(w: Writer, out: str, module: m.Quantized) -> tuple[QParams, Tensor]:
@@ -93,6 +107,8 @@ def _bias(w: Writer, node: Node, module: m.Quantized) -> list[str]:
         return _float_bias(w, node, module.op)
     assert module.bias_grid is not None
     out, qp = w.out(node), module.bias_grid.qparams
+    if _is_sign(w, node):
+        qp = numerics.bias_qparams(quantizer(w.gm, node.all_input_nodes[0]).qparams, unit(module.weight_grid.qparams))
     axis = {} if qp.spec.axis is None else {"axis": 0}
     return [w.op("DequantizeLinear", [w.const(f"{out}/bias_q", codes), *w.grid(f"{out}/bias", qp)], f"{out}/bias/dq", **axis)]
 
@@ -107,13 +123,12 @@ def _linear(w: Writer, node: Node, x: str, weight: str, bias: list[str]) -> str:
     if len(shape(source)) == 2:
         return w.op("Gemm", [x, weight, *bias], out, transB=1)
     x = w.op("Reshape", [x, w.ints(f"{out}/rows", [-1, shape(source)[-1]])], f"{out}/2d")
-    integer, after = bool(node.meta.get("integer")), rounding(w.gm, node)
+    integer, after = bool(node.meta.get("integer")), rounder(w.gm, node)
     if integer:
-        fq: Any = module_of(w.gm, source)
-        x = _pair(w, x, fq.qparams)
+        x = _pair(w, x, read_grid(w.gm, source))
     y = w.op("Gemm", [x, weight, *bias], f"{out}/gemm", transB=1)
     if integer and after is not None:
-        y = _pair(w, y, after)
+        y = _pair(w, y, written_grid(w.gm, after, w.target.fused))
     return w.op("Reshape", [y, w.sizes(node, source)], out)
 
 

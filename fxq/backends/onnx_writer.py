@@ -137,9 +137,9 @@ class Writer:
         out = self.out(node)
         if not node.meta.get("integer"):
             return self.const(f"{out}/scalar{i}", torch.tensor(a, dtype=node.meta.get("dtype", torch.float32)))
-        value, qp = torch.tensor(float(a)), rounding(self.gm, node)
-        assert qp is not None
-        grid = numerics.choose_qparams(value, value, qp.spec)
+        value, user = torch.tensor(float(a)), rounder(self.gm, node)
+        assert user is not None
+        grid = numerics.constant_qparams(value, quantizer(self.gm, user).spec)
         s, z = self.grid(f"{out}/scalar{i}", grid)
         codes = numerics.quantize(value, grid).reshape([1] * len(shape(node)))  # full rank: the runtime rounds alike in every layout
         return self.op("DequantizeLinear", [self.const(f"{out}/scalar{i}_q", codes), s, z], f"{out}/scalar{i}/dq")
@@ -153,14 +153,16 @@ class Writer:
         return self.op("Concat", [head, self.ints(f"{out}/last", [shape(node)[-1]])], f"{out}/shape", axis=0)
 
 
-def rounding(gm: GraphModule, node: Node) -> QParams | None:
-    """Grid of the ``fake_quantize`` node behind ``node``, or ``None``."""
-    for user in node.users:
-        if kind(gm, user) == "fake_quantize":
-            fq = module_of(gm, user)
-            assert isinstance(fq, FakeQuantize)
-            return fq.qparams
-    return None
+def rounder(gm: GraphModule, node: Node) -> Node | None:
+    """The ``fake_quantize`` node behind ``node``, or ``None``."""
+    return next((u for u in node.users if kind(gm, u) == "fake_quantize"), None)
+
+
+def quantizer(gm: GraphModule, node: Node) -> FakeQuantize:
+    """Module of a ``fake_quantize`` node."""
+    fq = module_of(gm, node)
+    assert isinstance(fq, FakeQuantize)
+    return fq
 
 
 def constant(gm: GraphModule, node: Node) -> Tensor:

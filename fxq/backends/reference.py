@@ -18,10 +18,10 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fxq import kernels, numerics
-from fxq import modules as m
 from fxq.errors import FxqError
 from fxq.graph import attr, kind, module_of
 from fxq.kernels import Codes
+from fxq.spec import QParams
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ def plan(gm: GraphModule, fused: bool = True) -> list[Step]:
         k = kind(gm, n)
         if k == "fake_quantize":
             steps.append(_rounded(gm, n, fused))
-        elif fused and k in kernels.FLOAT_OUTPUT and _is_integer(gm, n, k) and not any(_is_grid(gm, u) for u in n.users):
+        elif fused and k in kernels.FLOAT_OUTPUT and kernels.is_integer(gm, n) and not any(_is_grid(gm, u) for u in n.users):
             steps.append(Step(value_name(n), k, n, n, tuple(n.args), module_of(gm, n)))
     return steps
 
@@ -83,7 +83,7 @@ def _rounded(gm: GraphModule, fq: Node, fused: bool) -> Step:
     k = kind(gm, source)
     if k == "fake_quantize":
         return Step(name, "requantize", source, fq, (source,), module)
-    if fused and len(source.users) == 1 and _is_integer(gm, source, k):
+    if fused and len(source.users) == 1 and _runs_on_codes(gm, source, module):
         if k == "getitem":
             split, index = source.args
             assert isinstance(split, Node) and isinstance(index, int)
@@ -93,25 +93,15 @@ def _rounded(gm: GraphModule, fq: Node, fused: bool) -> Step:
     return Step(name, "quantize", source, fq, (source,), module)
 
 
+def _runs_on_codes(gm: GraphModule, source: Node, fq: Any) -> bool:
+    """A kernel gives the codes of ``fq``: of a binary grid only those that sum or move."""
+    if not kernels.is_integer(gm, source):
+        return False
+    return fq.spec.kind != "binary" or kernels.gives_sign(gm, source) or kind(gm, source) in kernels.MOVERS
+
+
 def _is_grid(gm: GraphModule, n: Any) -> bool:
     return isinstance(n, Node) and kind(gm, n) == "fake_quantize"
-
-
-def _is_integer(gm: GraphModule, n: Node, k: str) -> bool:
-    """The node reads grids only and has a kernel."""
-    if not n.meta.get("integer") or n.kwargs:
-        return False
-    if k == "getitem":
-        split = n.args[0]
-        return isinstance(split, Node) and kind(gm, split) == "split" and _is_grid(gm, split.args[0])
-    if k not in kernels.KERNELS or not all(_is_grid(gm, a) or isinstance(a, (int, float)) for a in n.args):
-        return False
-    module: Any = module_of(gm, n)
-    if k in m.WEIGHTED:
-        return isinstance(module, m.Quantized) and module.dynamic is None and (module.op.bias is None or module.bias_grid is not None)
-    if k == "resize":
-        return bool(module.mode.startswith("nearest"))
-    return k != "pad" or module.mode != "constant" or module.value == 0
 
 
 Observe = Callable[[Step, Any], Any]
@@ -212,16 +202,19 @@ class Reference:
         if step.gives_float:
             return kernels.float_output(step.module, [env[a] for a in step.operands])  # type: ignore[index]
         fq: Any = module_of(self.gm, step.result)
-        qp = fq.qparams
+        return Codes(self._codes(step, env, fq.rounding), fq.qparams)
+
+    def _codes(self, step: Step, env: dict[Node, Any], qp: QParams) -> Tensor:
+        """The step's codes, rounded onto the grid ``qp``."""
         if step.kind in ("quantize", "requantize"):
             value = env[step.operands[0]]  # type: ignore[index]
             self.rounding = value
-            return Codes(value.onto(qp) if isinstance(value, Codes) else numerics.quantize(value, qp), qp)
+            return value.onto(qp) if isinstance(value, Codes) else numerics.quantize(value, qp)
         rank = len(step.core.meta["shape"]) if step.kind in kernels.BINARY else 0
         xs = [env[a] if isinstance(a, Node) else kernels.constant(a, qp, rank) for a in step.operands]
         if step.kind == "split":
-            return Codes(kernels.part(step.module, step.index, xs[0], qp), qp)
-        return Codes(kernels.KERNELS[step.kind](step.module, xs, qp), qp)
+            return kernels.part(step.module, step.index, xs[0], qp)
+        return kernels.KERNELS[step.kind](step.module, xs, qp)
 
     def _float(self, n: Node, env: dict[Node, Any]) -> Any:
         """A float island's node, in torch on dequantized values."""
