@@ -18,11 +18,10 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
-from training import checkpoint, recipe, result
+from training import checkpoint, parts, recipe, result
 from training.run import Run
 from training.show import Show
 
-from fxq import schemes
 from fxq.errors import FxqError, InputError
 
 STOPPED = 3
@@ -65,7 +64,7 @@ def summary(body: dict[str, object]) -> str:
 def work(a: argparse.Namespace, rank: int, world: int) -> int:
     """Train; returns the exit code."""
     made = recipe.load(a.recipe, a.set)
-    schemes.get(made.scheme)
+    parts.scheme(made)
     name = a.recipe.stem
     out = a.out or Path("out") / name
     finished = prepared(out, made, a.resume, a.force) if rank == 0 else False

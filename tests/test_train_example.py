@@ -238,6 +238,11 @@ CHANGES = {
     "scheme=float": "stages: phase 'qaft' cannot stand there. A float net has no grids to fix",
     "stages=[{phase='qaft'},{}]": "stages: phase 'qaft' cannot stand there. Put the stages with phase = 'qaft' last",
     "fxq.observr=mse": "fxq.compile has no argument 'observr' for a recipe. did you mean 'observer'",
+    "scheme_options.observer=mse": "a scheme has no field 'observer' for a recipe. did you mean 'weight_observer'",
+    "scheme_options.weight_observer=3": "scheme_options: weight_observer is 3. It is a str",
+    "scheme_options.bias_correction=1": "scheme_options: bias_correction is 1. It is a bool",
+    "scheme_options.weight=s8x": "s8x",
+    "scheme_options.weight_observer=mss": "names the unknown observer 'mss'. did you mean 'mse'",
     "distill.weight=0.5": "distill.weight: distill needs a trained float net. Set weights",
     "weights=nothing": "weights: there are no weights 'nothing'. Neither ",
     "weights=no/file.pt": "no/file.pt: there is no such file",
@@ -310,6 +315,15 @@ def test_crops_and_mirrors(script: Any) -> None:
     mean, std = (np.reshape(v, (3, 1, 1)) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     want = (x[:2].permute(0, 3, 1, 2).numpy() / 255 - mean) / std
     assert torch.allclose(last, torch.from_numpy(want.astype(np.float32)), atol=1e-6)
+
+
+def test_schemes_may_be_changed(script: Any) -> None:
+    made, parts = importlib.import_module("training.recipe"), importlib.import_module("training.parts")
+    changed = parts.scheme(made.build({"scheme": "iao_w8a8", "stages": [{}], "scheme_options": {"weight": "s4n/pc0", "weight_observer": "mse"}}, "x"))
+    assert (str(changed.weight), changed.weight_observer, changed.name) == ("s4n/pc0", "mse", "iao_w8a8")
+    model = parts.trainable(made.build({"stages": [{}], "fxq": {"skip": ["stem*"]}}, "x"), zoo.build("tiny_resnet8"), torch.randn(8, 3, 32, 32))
+    kinds = {n: type(m).__name__ for n, m in model.named_modules()}
+    assert kinds["root.stem.conv"] == "FloatLayer" and kinds["root.fc"] == "TrainedLayer"
 
 
 def test_learning_rates(script: Any) -> None:

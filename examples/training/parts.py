@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 import fxq
 from fxq import schemes, zoo
 from fxq.errors import InputError
+from fxq.schemes import Scheme
+from fxq.spec import QuantSpec
 from training import data
 from training.recipe import Optimizer, Recipe, Stage
 
@@ -44,17 +47,38 @@ def float_net(recipe: Recipe, out: Path) -> nn.Module:
     return zoo.build(recipe.net, weights_file(recipe, out))
 
 
+def scheme(recipe: Recipe) -> Scheme:
+    """The scheme of the recipe with its ``[scheme_options]``: lists become tuples, texts in the place of a grid are read as one (``u8/pt``).
+
+    Raises:
+        SchemeError: for an unknown scheme or a field that it cannot have.
+        InputError: for a value of another type than the field's.
+    """
+    made, hints = schemes.get(recipe.scheme), get_type_hints(Scheme)
+    values: dict[str, Any] = {}
+    for name, given in recipe.scheme_options.items():
+        value = tuple(given) if isinstance(given, list) else float(given) if hints[name] is float and type(given) is int else given
+        if QuantSpec in get_args(hints[name]) and isinstance(given, str):
+            value = QuantSpec.parse(given)
+        elif type(value) is not (get_origin(hints[name]) or hints[name]):
+            kind = getattr(hints[name], "__name__", str(hints[name]))
+            raise InputError(f"{name} is {given!r}", where="scheme_options", way_out=f"It is a {kind}")
+        values[name] = value
+    return dataclasses.replace(made, **values)
+
+
 def trainable(recipe: Recipe, net: nn.Module, x: Tensor) -> nn.Module:
     """The module that is trained: a copy of the net for the scheme ``float``, else fxq's trainable model.
 
     Args:
         x: calibration inputs, or an example of the inputs where the recipe has no calibration.
     """
-    if schemes.get(recipe.scheme).method == "float":
+    made = scheme(recipe)
+    if made.method == "float":
         model = copy.deepcopy(net)
     else:
         given: dict[str, Any] = {"calibration": x.split(min(recipe.batch, len(x)))} if recipe.calibration else {"example": x}
-        model = fxq.compile(net, recipe.scheme, mode="qat", progress=False, **given, **recipe.fxq)
+        model = fxq.compile(net, made, mode="qat", progress=False, **given, **recipe.fxq)
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             m.momentum = recipe.bn_momentum

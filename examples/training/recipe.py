@@ -13,9 +13,12 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import fxq
 from fxq.errors import InputError, nearest
+from fxq.schemes import Scheme
 
 RESERVED = ("model", "scheme", "calibration", "example", "mode", "progress", "batches")
 """Arguments of ``fxq.compile`` that the script sets itself."""
+NAMING = ("name", "method", "summary")
+"""Fields of a scheme that ``[scheme_options]`` does not change."""
 FREE = ("max_seconds", "checkpoint_steps", "goal")
 """Keys that change nothing in what is trained: a run may be resumed with others."""
 
@@ -94,6 +97,7 @@ class Recipe:
     optimizer: Optimizer = field(default_factory=Optimizer, metadata=about())
     distill: Distill = field(default_factory=Distill, metadata=about())
     stages: list[Stage] = field(default_factory=list, metadata=about())
+    scheme_options: dict[str, Any] = field(default_factory=dict, metadata=about())
     fxq: dict[str, Any] = field(default_factory=dict, metadata=about())
 
     def same(self) -> dict[str, Any]:
@@ -148,10 +152,14 @@ def build(table: dict[str, Any], where: str) -> Recipe:
     if "qaft" in phases and (recipe.scheme == "float" or "train" in phases[phases.index("qaft") :]):
         way_out = "A float net has no grids to fix" if recipe.scheme == "float" else "Put the stages with phase = 'qaft' last"
         raise InputError("phase 'qaft' cannot stand there", where=f"{where}: stages", way_out=way_out)
-    known = [p for p in inspect.signature(fxq.compile).parameters if p not in RESERVED]
+    arguments = [p for p in inspect.signature(fxq.compile).parameters if p not in RESERVED]
     for name in recipe.fxq:
-        if name not in known:
-            raise InputError(f"fxq.compile has no argument {name!r} for a recipe", where=f"{where}: fxq", way_out=nearest(name, known))
+        if name not in arguments:
+            raise InputError(f"fxq.compile has no argument {name!r} for a recipe", where=f"{where}: fxq", way_out=nearest(name, arguments))
+    options = [f.name for f in dataclasses.fields(Scheme) if f.name not in NAMING]
+    for name in recipe.scheme_options:
+        if name not in options:
+            raise InputError(f"a scheme has no field {name!r} for a recipe", where=f"{where}: scheme_options", way_out=nearest(name, options))
     if recipe.distill.weight and not recipe.weights:
         raise InputError("distill needs a trained float net", where=f"{where}: distill.weight", way_out="Set weights, or distill.weight = 0")
     return recipe
