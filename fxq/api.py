@@ -25,8 +25,10 @@ from fxq.passes.convert import Convert
 from fxq.passes.correct_bias import CorrectBias
 from fxq.passes.fold_bn import FoldBN
 from fxq.passes.legalize import Legalize
+from fxq.passes.narrow_inputs import NarrowInputs
 from fxq.passes.prepare_training import PrepareTraining
 from fxq.passes.propagate_shapes import PropagateShapes
+from fxq.passes.replace_activations import ReplaceActivations
 from fxq.passes.round_weights import RoundWeights
 from fxq.passes.share_qparams import ShareQParams
 from fxq.pipeline import Pass, PassContext, Pipeline, Progress, no_progress
@@ -44,23 +46,30 @@ MODES = ("ptq", "qat")
 """Post-training, or a trainable model."""
 
 
-def training_pipeline(observer: str | None, calibrated: bool) -> Pipeline:
+def _front(scheme: Scheme) -> tuple[Pass, ...]:
+    """The passes up to the calibrated and converted graph."""
+    head: tuple[Pass, ...] = (Canonicalize(), PropagateShapes())
+    if scheme.activations in ("sign", "ternary") or scheme.order:
+        head = (*head, ReplaceActivations())
+    head = (*head, FoldBN(), Legalize(), Annotate(), ShareQParams())
+    return (*head, NarrowInputs()) if scheme.stream is not None else head
+
+
+def training_pipeline(scheme: Scheme, observer: str | None, calibrated: bool) -> Pipeline:
     """The passes that make a model trainable, in order."""
-    front: tuple[Pass, ...] = (Canonicalize(), PropagateShapes(), FoldBN(), Legalize(), Annotate())
-    return Pipeline((*front, ShareQParams(), Calibrate(observer=observer), Convert(), PrepareTraining(calibrated)))
+    return Pipeline((*_front(scheme), Calibrate(observer=observer), Convert(), PrepareTraining(calibrated)))
 
 
 def pipeline_for(scheme: Scheme, observer: str | None = None) -> Pipeline:
-    """The passes that a scheme runs, in order."""
-    front: tuple[Pass, ...] = (Canonicalize(), PropagateShapes(), FoldBN(), Legalize(), Annotate())
-    if scheme.method == "static":
-        back: tuple[Pass, ...] = (ShareQParams(), Calibrate(observer=observer), Convert())
-        if scheme.weight_rounding == "feedback":
-            back = (*back, RoundWeights())
-        elif scheme.bias_correction:
-            back = (*back, CorrectBias())
-        return Pipeline((*front, *back))
-    return Pipeline((*front, ShareQParams(), Calibrate(observer=observer), Convert()))
+    """The passes that a scheme runs, in order. Of a scheme that is made for training they are those of training."""
+    if scheme.trains:
+        return training_pipeline(scheme, observer, True)
+    back: tuple[Pass, ...] = (Calibrate(observer=observer), Convert())
+    if scheme.weight_rounding == "feedback":
+        back = (*back, RoundWeights())
+    elif scheme.bias_correction:
+        back = (*back, CorrectBias())
+    return Pipeline((*_front(scheme), *back))
 
 
 @young()
@@ -109,7 +118,7 @@ def compile(
     admission.check_model(net)
     if mode not in MODES:
         raise SchemeError(f"unknown mode {mode!r}", way_out=nearest(mode, MODES))
-    if mode == "qat" and sch.method != "static":
+    if mode == "qat" and sch.method != "static" and not sch.trains:
         way_out = "Use an int8 scheme such as scheme='int8', or mode='ptq'"
         raise SchemeError(f"the scheme {sch.name!r} is {sch.method}: it has no grids to train", way_out=way_out)
     if sch.method == "static" and calibration is None and mode == "ptq":
@@ -146,9 +155,11 @@ def _compile(
         return _compile_parts(captured, ctx.scheme, ctx.target, data, ctx.float_nodes, observer, ctx.progress, ms)
     history = History([take(captured.gm, "trace", ms=ms, skips=tuple(Skip("capture", f"specialised: {n}") for n in notes))])
     ctx.example, ctx.probe = few, few if notes else resized(few, 1)
-    if ctx.train:
-        training_pipeline(observer, calibrated).run(captured.gm, ctx, history)
-        return TrainableModel(captured.gm, captured, history, ctx.scheme, ctx.target)
+    if ctx.train or ctx.scheme.trains:
+        wanted, ctx.train = ctx.train, True
+        training_pipeline(ctx.scheme, observer, calibrated).run(captured.gm, ctx, history)
+        model = TrainableModel(captured.gm, captured, history, ctx.scheme, ctx.target)
+        return model if wanted else model.convert()
     pipeline_for(ctx.scheme, observer).run(captured.gm, ctx, history)
     return CompiledModel(captured.gm, captured, history, ctx.scheme, ctx.target)
 

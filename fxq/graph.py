@@ -9,6 +9,8 @@ Meta that fxq keeps on a node:
 ``grid``                name of the grid that the node's value is rounded to (a key of ``grids(gm)``)
 ``integer``             True when the target executes this node in integers
 ``float_why``           why it does not, one line
+``narrow``              name of the grid that a weighted layer reads its input on, where it is another than its input's
+``int8_layer``          True for a layer that a low-bit scheme keeps in 8 bits
 ``reads_codes``         names of the inputs that the node reads rounded; where it is absent, integer nodes read
                         rounded values and give them
 ======================  =====================================================================================
@@ -38,12 +40,16 @@ class Grid:
         clamp: an absorbed activation clamp ``(lo, hi)``: the grid must start exactly at ``lo`` and end at or below ``hi``.
         fixed: parameters that follow from the operation, not from data (a sigmoid's or hard sigmoid's output).
         qparams: the calibrated parameters, ``None`` before ``calibrate``.
+        how: how its parameters are found, one of :data:`fxq.schemes.ACTIVATIONS`.
+        step: the scale that values are divided by, where it is another than the one the codes are multiplied by.
     """
 
     spec: QuantSpec
     clamp: tuple[float, float | None] | None = None
     fixed: QParams | None = None
     qparams: QParams | None = None
+    how: str = "range"
+    step: Tensor | None = None
 
     def __str__(self) -> str:
         return str(self.qparams or self.fixed or self.spec)

@@ -167,18 +167,22 @@ def ternary_weight(w: Tensor, axis: int | None = 0, exact: bool = False) -> Tens
 
 
 def dorefa_levels(w: Tensor, bits: int) -> Tensor:
-    """Odd codes ``2q - m`` in ``[-m, m]``, ``m = 2^bits - 1``, dtype of ``w``, no gradient: ``q = rne((tanh w / 2 max|tanh w| + 1/2) m)``; 0 for a zero tensor."""
+    """Odd codes ``2q - m`` in ``[-m, m]``, ``m = 2^bits - 1``, dtype of ``w``; no gradient.
+
+    ``q = rne((tanh w / 2 max|tanh w| + 1/2) m)``; all codes of a zero tensor are 0.
+    """
     m = 2**bits - 1
     t = torch.tanh(w.detach())
     top = t.abs().max()
-    return torch.where(top > 0, 2 * torch.round((t / (2 * top.clamp(min=numerics.TINY)) + 0.5) * m) - m, torch.zeros_like(t))
+    codes: Tensor = 2 * torch.round((t / (2 * top.clamp(min=numerics.TINY)) + 0.5) * m) - m
+    return codes if bool(top > 0) else torch.zeros_like(codes)
 
 
 def dorefa_scale(w: Tensor, bits: int, compat: bool = False) -> Tensor:
     """Real value of one step of :func:`dorefa_levels`: ``max|w| / m``; with ``compat`` ``1 / m``. Rank 0, no gradient."""
     m = 2**bits - 1
-    one = torch.ones((), dtype=w.dtype, device=w.device)
-    return one / m if compat else w.detach().abs().max() / m
+    top = torch.ones((), dtype=w.dtype, device=w.device) if compat else w.detach().abs().max()
+    return torch.div(top, m)
 
 
 class _Round(torch.autograd.Function):
@@ -215,7 +219,8 @@ def dorefa_weight(w: Tensor, bits: int, compat: bool = False) -> Tensor:
     if not bool(top.detach() > 0):
         return w * 0
     scale = dorefa_scale(w, bits, compat)
-    return (2 * rounded((t / (2 * top) + 0.5) * m) - m) * scale
+    out: Tensor = (2 * rounded((t / (2 * top) + 0.5) * m) - m) * scale
+    return out
 
 
 class _Clipped(torch.autograd.Function):

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from fxq.graph import kind, module_of
+from fxq.graph import data_inputs, float_module, kind, module_of
 from fxq.modules import WEIGHTED
 from fxq.pipeline import PassContext
+from fxq.schemes import S8N
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -27,7 +29,9 @@ class Plan:
         self.gm, self.ctx, self.target = gm, ctx, ctx.target
         self.kinds = {n: kind(gm, n) for n in gm.graph.nodes}
         self.changed = 0
-        self._matched: set[str] = set()
+        self._matched: set[Any] = set()
+        self.layers = [n for n, k in self.kinds.items() if k in WEIGHTED]
+        self.roles = roles(gm, self.kinds) if ctx.scheme.float_layers or ctx.scheme.int8_layers else {}
 
     def weights_only(self) -> None:
         """The schemes without calibrated activation grids: float, dynamic, weight-only."""
@@ -66,16 +70,81 @@ class Plan:
         return None
 
     def excluded(self, node: Node) -> str | None:
-        """Why the user wants this node in float, or ``None``."""
+        """Why the user or the scheme wants this node in float, or ``None``."""
         for pattern in self.ctx.float_nodes:
-            for name in (str(node.target) if node.op == "call_module" else node.name, node.name):
-                if fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(name, pattern + ".*"):
-                    self._matched.add(pattern)
-                    return f"left float on request ({pattern})"
+            if self._matches(node, pattern):
+                self._matched.add(pattern)
+                return f"left float on request ({pattern.__name__ if isinstance(pattern, type) else pattern})"
+        for role in self.ctx.scheme.float_layers:
+            if role in self.roles.get(node, ()):
+                return f"the scheme leaves the {role} layer float" if role != "shortcut" else "the scheme leaves layers on shortcuts float"
+        module = float_module(self.gm, node) if self.kinds[node] == "conv_transpose" and self.ctx.scheme.trains else None
+        if module is not None and module.groups != 1:
+            return "a grouped transposed convolution has no scale for each output channel"
         return None
+
+    def _matches(self, node: Node, pattern: str | type | int) -> bool:
+        if isinstance(pattern, int):
+            at = pattern + len(self.layers) * (pattern < 0)
+            return 0 <= at < len(self.layers) and self.layers[at] is node
+        if isinstance(pattern, type):
+            return node.op == "call_module" and isinstance(float_module(self.gm, node), pattern)
+        names = (str(node.target) if node.op == "call_module" else node.name, node.name)
+        return any(fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(name, pattern + ".*") for name in names)
+
+    def mark_int8_layers(self) -> None:
+        """Layers that a low-bit scheme keeps in 8 bits read and hold 8-bit codes."""
+        for node, roles_ in self.roles.items():
+            wanted = [r for r in self.ctx.scheme.int8_layers if r in roles_ and r != "last_input"]
+            if node.meta.get("integer") and wanted:
+                node.meta["int8_layer"], node.meta["weight_spec"] = True, str(S8N)
 
     def check_patterns(self) -> None:
         """Record the patterns of ``skip=`` that match nothing."""
         for pattern in self.ctx.float_nodes:
             if pattern not in self._matched:
-                self.ctx.skip(pattern, "this pattern of skip= matches no layer")
+                self.ctx.skip(str(pattern), "this pattern of skip= matches no layer")
+
+
+def roles(gm: GraphModule, kinds: dict[Node, str]) -> dict[Node, set[str]]:
+    """Roles of the weighted layers: ``first`` (no layer before it), ``last`` (no layer behind it), ``shortcut`` (a layer alone on its branch of a
+    residual sum, whose other branch starts at the same value and has more layers)."""
+    layers = [n for n, k in kinds.items() if k in WEIGHTED]
+    before: dict[Node, int] = {}
+    for n in kinds:
+        before[n] = max((before[i] + (i in layers) for i in data_inputs(n)), default=0)
+    behind: set[Node] = set()
+    for n in reversed(list(kinds)):
+        if any(u in behind or u in layers for u in n.users):
+            behind.add(n)
+    found: dict[Node, set[str]] = {n: set() for n in layers}
+    for n in layers:
+        if before[n] == 0:
+            found[n].add("first")
+        if n not in behind:
+            found[n].add("last")
+    for n, k in kinds.items():
+        ends = [_branch(i, kinds) for i in data_inputs(n)] if k == "add" else []
+        for mine, other in (ends, ends[::-1]) if len(ends) == 2 else ():
+            if mine is not None and before[mine] < before[n] - 1 and (other is None or before[other] > before[mine]):
+                found[mine].add("shortcut")
+    return found
+
+
+def _branch(node: Node, kinds: dict[Node, str]) -> Node | None:
+    """The weighted layer whose value arrives here through a batch norm at most."""
+    while kinds[node] == "batch_norm":
+        node = data_inputs(node)[0]
+    return node if kinds[node] in WEIGHTED else None
+
+
+MOVES = ("max_pool", "reshape", "permute", "slice", "index_select", "pad", "resize", "avg_pool", "adaptive_avg_pool", "global_avg_pool", "adaptive_max_pool")
+"""Kinds that a sign can be taken in front of as well as behind."""
+
+
+def rectifies(gm: GraphModule, node: Node, kinds: Callable[[Node], str]) -> bool:
+    """A ReLU, or a clamp that lets nothing below 0 through: a sign behind it would be constant."""
+    if kinds(node) == "relu":
+        return True
+    module: Any = module_of(gm, node) if kinds(node) == "clamp" else None
+    return module is not None and module.lo is not None and module.lo >= 0

@@ -112,7 +112,7 @@ class Target:
             fact = f"target {self.name!r} takes no ranges measured at run time (scheme {scheme.name!r})"
             raise SchemeError(fact, way_out=self._way_out("activation", self.activations))
         weights = self.weight_only if scheme.method == "weight-only" else self.weights
-        for role, spec, legal in (("activation", scheme.activation, self.activations), ("weight", scheme.weight, weights)):
+        for role, spec, legal in (("activation", scheme.kept_activation, self.activations), ("weight", scheme.kept_weight, weights)):
             if spec is not None and str(_plain(spec)) not in legal:
                 raise SchemeError(
                     f"target {self.name!r} does not take {role} grids of {spec} (scheme {scheme.name!r})", way_out=self._way_out(role, legal)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from fxq.compiled import CompiledModel
 from fxq.errors import FxqError, LoweringError
+from fxq.estimators import Estimator
 from fxq.graph import finish, grids, module_of, swap_module, walk
 from fxq.lowering import Artifact
-from fxq.modules import WEIGHTED, FakeQuantize
+from fxq.modules import WEIGHTED
 from fxq.snapshot import History, take
-from fxq.training import FloatLayer, TrackedFakeQuantize, TrainedLayer, unsigned_where
+from fxq.trackers import TrackedFakeQuantize
+from fxq.training import FloatLayer, TrainedLayer, unsigned_where
+from fxq.training_lowbit import EstimatedLayer
 
 QAT, QAFT = "qat", "qaft"
 
@@ -38,9 +42,9 @@ class TrainableModel(CompiledModel):
         self._require_data("freeze()")
         for m in self.modules():
             if isinstance(m, TrackedFakeQuantize):
-                m.tracker.frozen = True
+                m.tracker.freeze()
         for m in list(self.modules()):
-            if isinstance(m, (TrainedLayer, FloatLayer)):
+            if isinstance(m, (TrainedLayer, EstimatedLayer, FloatLayer)):
                 m.freeze()
             elif isinstance(m, nn.modules.batchnorm._BatchNorm):
                 m.eval()
@@ -64,24 +68,27 @@ class TrainableModel(CompiledModel):
         """
         self._require_data("convert()")
         gm = copy.deepcopy(self.graph_module).eval()
+        for m in gm.modules():
+            if isinstance(m, TrackedFakeQuantize):
+                m.tracker.settle()
         for node, _ in walk(gm, *WEIGHTED):
             layer = module_of(gm, node)
-            if isinstance(layer, (TrainedLayer, FloatLayer)):
+            if isinstance(layer, (TrainedLayer, EstimatedLayer, FloatLayer)):
                 swap_module(gm, node, layer.converted())
         for node, _ in walk(gm, "fake_quantize"):
             fq = module_of(gm, node)
             if isinstance(fq, TrackedFakeQuantize):
                 qp = unsigned_where(fq.spec, self.target.unsigned_codes, fq.qparams)
                 table = grids(gm)
-                table[fq.grid] = type(table[fq.grid])(qp.spec, table[fq.grid].clamp, table[fq.grid].fixed, qp)
-                swap_module(gm, node, FakeQuantize(qp, fq.grid))
+                table[fq.grid] = replace(table[fq.grid], spec=qp.spec, qparams=qp, step=fq.tracker.step)
+                swap_module(gm, node, fq.deployed(qp))
         finish(gm)
         history = History([*self.history, take(gm, "convert-trained")])
         return CompiledModel(gm, self.captured, history, self.scheme, self.target)
 
     def _require_data(self, what: str) -> None:
         for path, m in self.named_modules():
-            if isinstance(m, TrackedFakeQuantize) and not m.tracker.fixed and not bool(m.tracker.observer.has_data):
+            if isinstance(m, TrackedFakeQuantize) and not m.tracker.ready:
                 way_out = "Run a batch in training mode first, or compile with calibration="
                 raise FxqError(f"{what} before any data: this grid has no range yet", where=path.removeprefix("root."), way_out=way_out)
 
@@ -113,5 +120,5 @@ class TrainableModel(CompiledModel):
         for m in self.modules():
             if isinstance(m, TrackedFakeQuantize):
                 m.tracker.frozen = m.tracker.fixed or self.phase == QAFT
-            elif isinstance(m, (TrainedLayer, FloatLayer)):
+            elif isinstance(m, (TrainedLayer, EstimatedLayer, FloatLayer, Estimator)):
                 m.frozen = self.phase == QAFT

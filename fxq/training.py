@@ -14,107 +14,13 @@ from torch import Tensor, nn
 from fxq import numerics
 from fxq.errors import CalibrationError
 from fxq.folding import fold_back
-from fxq.graph import Grid
 from fxq.modules import FakeQuantize, Quantized, Wrapper, call_with
-from fxq.observers import MovingAverage
 from fxq.spec import QParams, QuantSpec
+from fxq.trackers import Tracker
 from fxq.weight_ranges import weight_range
 
 LEAST_FACTOR = 1e-12
 """A fold factor ``gamma / sigma`` below it is taken as 1 in training: its channel gives ``beta`` whatever its weight is."""
-
-
-class Tracker(nn.Module):
-    """The parameters of one activation grid while they are learned: a moving average of each batch's range.
-
-    Buffers ``scale``, ``zero_point`` (the grid in use) and the observer's; a copy of ``state_dict`` resumes exactly. Values that share a grid share
-    its tracker; each batch counts once, whichever of them comes first.
-
-    Attributes:
-        spec: the codes; ``clamp``: an absorbed activation, ``(lo, hi or None)``; ``frozen``: nothing changes any more.
-    """
-
-    scale: Tensor
-    zero_point: Tensor
-
-    def __init__(self, qparams: QParams, grid: Grid, momentum: float = 0.1) -> None:
-        super().__init__()
-        self.spec, self.clamp = qparams.spec, grid.clamp
-        self.frozen = grid.fixed is not None
-        self.fixed = self.frozen
-        self.register_buffer("scale", qparams.scale.clone())
-        self.register_buffer("zero_point", qparams.zero_point.clone())
-        self.observer = MovingAverage(qparams.spec, momentum)
-
-    def start(self, qparams: QParams) -> None:
-        """Begin with a calibrated range instead of the first batch's."""
-        lo, hi = qparams.range
-        if self.spec.symmetric and self.spec.qmin < 0:
-            lo = -hi  # the lowest code would widen the range by a step
-        self.observer.lo.fill_(lo)
-        self.observer.hi.fill_(hi)
-        self.observer.batches.fill_(1)
-        self.observer.has_data.fill_(True)
-
-    @property
-    def qparams(self) -> QParams:
-        """The grid as data."""
-        return QParams(self.spec, self.scale, self.zero_point)
-
-    def see(self, x: Tensor, part: bool) -> None:
-        """Take in a value of the running batch and move the grid. ``part``: another value of this grid was seen in the same batch."""
-        if self.frozen:
-            return
-        self.observer.observe(x, part)
-        lo, hi = self.observer.range()
-        if self.clamp is not None:
-            low, high = self.clamp
-            lo, hi = torch.full_like(lo, low), hi.clamp(min=low, max=high)
-        qp = numerics.choose_qparams(lo, hi, self.spec)
-        self.scale.copy_(qp.scale)
-        self.zero_point.copy_(qp.zero_point)
-
-    def extra_repr(self) -> str:
-        return f"{self.qparams}{', frozen' if self.frozen else ''}"
-
-
-class TrackedFakeQuantize(FakeQuantize):
-    """A fake-quantizer whose grid a :class:`Tracker` finds while the model is in training mode.
-
-    Attributes:
-        first: of the fake-quantizers that share a tracker, the one that runs first in the graph.
-        tracker: on the first one a submodule, on the others a plain reference.
-    """
-
-    def __init__(self, tracker: Tracker, grid: str, first: bool) -> None:
-        super().__init__(tracker.qparams, grid)
-        del self.scale, self.zero_point
-        self.first = first
-        if first:
-            self.own = tracker
-        self._tracker = [tracker]
-
-    @property
-    def tracker(self) -> Tracker:
-        return self._tracker[0]
-
-    @property
-    def qparams(self) -> QParams:
-        """The grid as data."""
-        return self.tracker.qparams
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            try:
-                self.tracker.see(x, part=not self.first)
-            except CalibrationError as e:
-                raise CalibrationError(e.fact, where=self.grid, way_out=e.way_out) from e
-        if not self.quantizing:  # the activation that the grid absorbed stays
-            return x if self.tracker.clamp is None else x.clamp(*self.tracker.clamp)
-        return numerics.fake_quantize_with(x, self.tracker.scale, self.tracker.zero_point, self.spec)
-
-    def extra_repr(self) -> str:
-        return str(self.tracker)
 
 
 class FloatLayer(Wrapper):
@@ -249,4 +155,4 @@ class TrainedLayer(Quantized):
 
 def unsigned_where(spec: QuantSpec, wanted: bool, qp: QParams) -> QParams:
     """The grid as the target stores it."""
-    return numerics.unsigned(qp) if wanted and spec.signed else qp
+    return numerics.unsigned(qp) if wanted and spec.signed and not spec.narrow and spec.kind == "affine" else qp

@@ -11,13 +11,13 @@ STREET: tuple[tuple[str, ...], ...] = (
     ("errors", "heap", "progress"),
     ("spec",),
     ("numerics", "schemes", "convolutions"),
-    ("modules", "observers", "targets"),
+    ("modules", "observers", "targets", "lowbit"),
     ("graph", "lowering", "tracers", "calibration", "weight_ranges"),
-    ("shapes", "snapshot", "folding", "kernels", "layerwise", "routing", "concrete", "exported", "parts"),
+    ("trackers", "estimators", "shapes", "snapshot", "folding", "kernels", "layerwise", "routing", "concrete", "exported", "parts"),
     ("verify", "canonical", "trace"),
     ("pipeline", "canonical_math", "canonical_chains", "canonical_index", "canonical_reduce", "canonical_shape", "constants", "inline"),
     ("canonical_layers", "canonical_attention", "forms", "forms_shuffle", "forms_tidy", "forms_unpack", "placement", "training"),
-    ("placement_inputs",),
+    ("placement_inputs", "training_lowbit"),
     ("passes", "backends"),
     ("lint_graph", "exposed", "lint_trt_fold", "lint_trt_report"),
     ("lint_clips", "verdict", "lint_trt_graph"),
@@ -38,7 +38,7 @@ STREET: tuple[tuple[str, ...], ...] = (
 """A module imports from the rows above its own only."""
 
 ONE_BACKEND = (
-    {"onnx_qdq", "onnx_ops", "onnx_weighted", "onnx_float", "onnx_island", "onnx_limits", "onnx_writer", "onnx_codes", "onnx_half", "trt_cache"},
+    {"onnx_qdq", "onnx_ops", "onnx_weighted", "onnx_float", "onnx_island", "onnx_limits", "onnx_writer", "onnx_codes", "onnx_packed", "onnx_half", "trt_cache"},
     {"trt_builder", "trt_engine", "trt_layers", "trt_messages", "trt_profiles"},
 )
 """The ONNX writer and TensorRT are one backend each in several files, which may import each other; any other import between backends is forbidden."""

@@ -35,13 +35,15 @@ class Annotate(Pass):
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         for node in gm.graph.nodes:
-            for key in ("integer", "float_why", "grid", "absorbed", "weight_spec", "reads_codes"):
+            for key in ("integer", "float_why", "grid", "absorbed", "weight_spec", "reads_codes", "narrow", "int8_layer"):
                 node.meta.pop(key, None)
         gm.meta["grids"] = {}
         plan = InputsPlan(gm, ctx) if ctx.target.placement == "inputs" else OutputsPlan(gm, ctx)
         if ctx.scheme.method == "static":
-            assert ctx.scheme.activation is not None
-            plan.place(ctx.scheme.activation)
+            spec = ctx.scheme.kept_activation
+            assert spec is not None
+            plan.place(spec)
+            plan.mark_int8_layers()
         else:
             plan.weights_only()
         plan.check_patterns()
@@ -84,7 +86,7 @@ class OutputsPlan(Plan):
         if k not in self.target.ops:
             what = str(node.target) if k == "opaque" else k
             return f"{self.target.name} has no integer kernel for {what}"
-        spec = self.ctx.scheme.activation
+        spec = self.ctx.scheme.kept_activation
         if k == "hardsigmoid" and spec is not None and spec.symmetric and spec.signed:
             return "its integer form saturates at 0, where a signed symmetric grid does not end"
         return _shape_fault(self.gm, node, k, self.target)

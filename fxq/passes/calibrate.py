@@ -15,10 +15,13 @@ from torch.fx import GraphModule, Interpreter, Node
 from fxq import numerics
 from fxq.errors import CalibrationError
 from fxq.graph import Grid, data_inputs, grids, kind, module_of, walk
+from fxq.lowbit import TBN_RATIO
 from fxq.modules import WEIGHTED
 from fxq.observers import Observer, make
 from fxq.pipeline import Pass, PassContext
+from fxq.spec import QParams
 from fxq.targets import Target
+from fxq.trackers import MeanMagnitude
 
 FRESH = (*WEIGHTED, "add", "sub", "mul", "batch_norm", "sigmoid", "hardsigmoid")
 """Kinds whose output is a tensor of its own, no view."""
@@ -32,14 +35,14 @@ class _Observe(Interpreter):
     An operation that alone reads a fresh tensor, which its observer has seen by then, overwrites it: new memory costs more than arithmetic.
     """
 
-    def __init__(self, gm: GraphModule, watch: dict[Node, Observer]) -> None:
+    def __init__(self, gm: GraphModule, watch: dict[Node, list[Observer]]) -> None:
         super().__init__(gm)
         self.extra_traceback = False
         flat = [n for n in gm.graph.nodes if n.op == "call_module" and not n.kwargs and not any(isinstance(a, (list, tuple, dict)) for a in n.args)]
         self.calls = {n: _in_place(gm, n) or module_of(gm, n) for n in flat}
         self.watch, self.batch = watch, 0
-        first = {observer: node for node, observer in reversed(watch.items())}
-        self.part = {node: first[observer] is not node for node, observer in watch.items()}
+        first = {observer: node for node, observers in reversed(watch.items()) for observer in observers}
+        self.first = first
 
     def run_node(self, n: Node) -> Any:
         try:
@@ -49,10 +52,9 @@ class _Observe(Interpreter):
             fact = (str(e) or type(e).__name__).splitlines()[0]
             way_out = "Check the batch's shape and type"
             raise CalibrationError(f"the float forward failed: {fact}", where=self._where(n), way_out=way_out) from e
-        observer = self.watch.get(n)
-        if observer is not None and (n.op != "get_attr" or self.batch == 0):
+        for observer in self.watch.get(n, ()) if n.op != "get_attr" or self.batch == 0 else ():
             try:
-                observer.observe(out, self.part[n])
+                observer.observe(out, self.first[observer] is not n)
             except CalibrationError as e:
                 raise CalibrationError(e.fact, where=self._where(n), way_out=e.way_out) from e
         return out
@@ -89,24 +91,31 @@ class Calibrate(Pass):
             name = node.meta.get("grid")
             if name is not None and table[name].fixed is None and table[name].qparams is None:
                 members[name].append(node)
+            second = node.meta.get("narrow")
+            if second is not None and table[second].qparams is None:
+                members[second].append(data_inputs(node)[0])
         if not members:
             return 0
         if ctx.calibration is None:
             raise CalibrationError("there is no calibration data", where=self.name, way_out="Pass calibration= (a few hundred samples)")
         made = {name: self._observer(table[name], ctx).to(_device(ctx)) for name in members}
-        watch = {node: made[name] for name, nodes in members.items() for node in nodes if not _moves(gm, node, ctx.target)}
+        watch: dict[Node, list[Observer]] = {}
+        for name, nodes in members.items():
+            for node in dict.fromkeys(nodes):
+                if node.meta.get("grid") != name or not _moves(gm, node, ctx.target):
+                    watch.setdefault(node, []).append(made[name])
         self._observe(gm, ctx, watch)
         for name, observer in made.items():
-            qp = _qparams(name, table[name], observer)
-            if ctx.target.unsigned_codes and qp.spec.signed:
-                qp = numerics.unsigned(qp)
-            table[name] = replace(table[name], spec=qp.spec, qparams=qp)
+            table[name] = _with_qparams(name, table[name], observer, ctx)
         return len(made)
 
     def _observer(self, grid: Grid, ctx: PassContext) -> Observer:
-        return make(self.observer or ctx.scheme.activation_observer, grid.spec)
+        if grid.how == "ternary":
+            return MeanMagnitude(grid.spec)
+        wide = ctx.scheme.stream is not None and grid.spec == ctx.scheme.stream
+        return make(self.observer or ("ema" if wide else ctx.scheme.activation_observer), grid.spec)
 
-    def _observe(self, gm: GraphModule, ctx: PassContext, watch: dict[Node, Observer]) -> None:
+    def _observe(self, gm: GraphModule, ctx: PassContext, watch: dict[Node, list[Observer]]) -> None:
         assert ctx.calibration is not None
         runner = _Observe(gm.eval(), {n: watch[n] for n in gm.graph.nodes if n in watch})
         total = operator.length_hint(ctx.calibration, 0) or None
@@ -159,14 +168,34 @@ def _moves(gm: GraphModule, node: Node, target: Target) -> bool:
     return bool(sources) and all(s.meta.get("grid") == node.meta["grid"] for s in sources)
 
 
-def _qparams(name: str, grid: Grid, observer: Observer) -> Any:
+def _with_qparams(name: str, grid: Grid, observer: Observer, ctx: PassContext) -> Grid:
+    """The grid with the parameters that its observer found."""
     if not bool(observer.has_data):
         way_out = "Check that the loader yields batches"
         raise CalibrationError("no calibration data reached it", where=f"calibrate / {name}", way_out=way_out)
     lo, hi = (v.cpu() for v in observer.range())
     if grid.clamp is not None:
         lo, hi = _clamped(lo, hi, grid.clamp)
-    return numerics.choose_qparams(lo, hi, grid.spec)
+    if grid.how == "ternary":
+        step = (2 * TBN_RATIO * hi).clamp(min=numerics.TINY)
+        return replace(grid, qparams=QParams(grid.spec, torch.ones(()), torch.zeros((), dtype=torch.int32)), step=step)
+    if grid.how in ("clip", "pact"):
+        return _clipped(grid, lo, hi, ctx)
+    qp = numerics.choose_qparams(lo, hi, grid.spec)
+    if ctx.target.unsigned_codes and qp.spec.signed and not qp.spec.narrow:
+        qp = numerics.unsigned(qp)
+    return replace(grid, spec=qp.spec, qparams=qp)
+
+
+def _clipped(grid: Grid, lo: Tensor, hi: Tensor, ctx: PassContext) -> Grid:
+    """Levels from 0 to the clip; from minus the clip on for values that go below 0."""
+    signed = grid.clamp is None and float(lo) < 0
+    spec = replace(grid.spec, signed=signed, narrow=signed, symmetric=True)
+    if not ctx.scheme.compat:
+        return replace(grid, spec=spec, qparams=numerics.choose_qparams(lo, hi, spec))
+    steps = torch.tensor(float(spec.qmax))
+    qp = QParams(spec, 1 / steps, torch.zeros((), dtype=torch.int32))
+    return replace(grid, spec=spec, qparams=qp, step=ctx.scheme.clip / steps)
 
 
 def _clamped(lo: Tensor, hi: Tensor, clamp: tuple[float, float | None]) -> tuple[Tensor, Tensor]:

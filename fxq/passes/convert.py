@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -11,9 +11,10 @@ from torch.fx import GraphModule, Node
 
 from fxq import numerics
 from fxq.errors import CalibrationError
-from fxq.graph import Grid, add_module, copy_shape, data_inputs, erase, grids, kind, module_of, reads_codes, swap_module
+from fxq.graph import add_module, copy_shape, data_inputs, erase, grids, kind, module_of, reads_codes, swap_module
 from fxq.modules import WEIGHTED, FakeQuantize, Quantized
 from fxq.pipeline import Pass, PassContext
+from fxq.schemes import S8N
 from fxq.spec import QParams, QuantSpec
 from fxq.weight_ranges import weight_range
 
@@ -40,18 +41,38 @@ class Convert(Pass):
         for node in list(gm.graph.nodes):
             grid = node.meta.get("grid")
             if grid is not None and kind(gm, node) != "fake_quantize":
-                self._round(gm, node, grids(gm)[grid], device)
+                self._round(gm, node, grid, device)
                 changed += 1
+        changed += self._narrow(gm, device)
         return changed
+
+    def _narrow(self, gm: GraphModule, device: torch.device) -> int:
+        """The second, narrow grids: behind the wide one, or behind the float value itself."""
+        made: dict[tuple[Node, str], Node] = {}
+        for node in list(gm.graph.nodes):
+            name = node.meta.get("narrow")
+            if name is None:
+                continue
+            (source,) = data_inputs(node)
+            value = source.all_input_nodes[0]
+            origin = source if value.meta.get("integer") or value.op == "get_attr" else value
+            if (origin, name) not in made:
+                made[origin, name] = self._fake_quantize(gm, origin, name, f"{_wish(value)}_narrow_q", device)
+            node.replace_input_with(source, made[origin, name])
+            if not source.users:
+                gm.graph.erase_node(source)
+        return len(made)
 
     def _quantized(self, gm: GraphModule, node: Node, ctx: PassContext) -> Quantized:
         op = module_of(gm, node)
         scheme, k = ctx.scheme, kind(gm, node)
         spec = QuantSpec.parse(node.meta["weight_spec"]) if "weight_spec" in node.meta else scheme.weight_spec(k)
+        if spec.kind in ("binary", "ternary"):  # prepare-training puts an estimator there
+            spec = replace(S8N, axis=spec.axis)
         weight = weight_qparams(op, spec, scheme.weight_observer, node.name)
         if scheme.method != "static":
             return Quantized(op, weight, dynamic=scheme.activation if scheme.method == "dynamic" else None)
-        source = grids(gm)[data_inputs(node)[0].meta["grid"]].qparams
+        source = grids(gm)[node.meta.get("narrow") or data_inputs(node)[0].meta["grid"]].qparams
         assert source is not None
         bias = op.bias
         if not ctx.target.int32_bias or not isinstance(bias, torch.Tensor):
@@ -59,21 +80,27 @@ class Convert(Pass):
         weight = numerics.widen_for_bias(weight, bias, source)
         return Quantized(op, weight, numerics.bias_qparams(source, weight))
 
-    def _round(self, gm: GraphModule, node: Node, grid: Grid, device: torch.device) -> None:
-        assert grid.qparams is not None
-        name = node.meta["grid"]
-        wish = str(node.target) if node.op in ("call_module", "get_attr") else node.name
-        module = FakeQuantize(grid.qparams, name)
-        path = add_module(gm, f"{wish}_q", module.to(device))
+    def _round(self, gm: GraphModule, node: Node, name: str, device: torch.device) -> None:
         users = [u for u in node.users if reads_codes(u, node)]
+        rounded = self._fake_quantize(gm, node, name, f"{_wish(node)}_q", device)
+        for user in users:
+            user.replace_input_with(node, rounded)
+
+    def _fake_quantize(self, gm: GraphModule, node: Node, name: str, wish: str, device: torch.device) -> Node:
+        grid = grids(gm)[name]
+        assert grid.qparams is not None
+        path = add_module(gm, wish, FakeQuantize(grid.qparams, name, grid.step).to(device))
         with gm.graph.inserting_after(node):
             rounded = gm.graph.call_module(path, (node,))
         copy_shape(node, rounded)
         rounded.meta["grid"], rounded.meta["integer"] = name, True
         if "nn_module_stack" in node.meta:
             rounded.meta["nn_module_stack"] = node.meta["nn_module_stack"]
-        for user in users:
-            user.replace_input_with(node, rounded)
+        return rounded
+
+
+def _wish(node: Node) -> str:
+    return str(node.target) if node.op in ("call_module", "get_attr") else node.name
 
 
 def weight_qparams(op: nn.Module, spec: QuantSpec, observer: str, where: str) -> QParams:

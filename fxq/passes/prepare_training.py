@@ -10,12 +10,15 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from fxq.estimators import estimator
 from fxq.folding import bn_affine, fold_back
-from fxq.graph import grids, module_of, swap_module, walk
+from fxq.graph import grids, kind, module_of, swap_module, walk
 from fxq.modules import WEIGHTED, FakeQuantize, Quantized
 from fxq.pipeline import Pass, PassContext
 from fxq.spec import QParams
-from fxq.training import FloatLayer, TrackedFakeQuantize, Tracker, TrainedLayer
+from fxq.trackers import Clip, TrackedFakeQuantize, Tracker, tracker
+from fxq.training import FloatLayer, TrainedLayer
+from fxq.training_lowbit import EstimatedLayer, is_binary
 
 
 @dataclass(frozen=True)
@@ -39,15 +42,17 @@ class PrepareTraining(Pass):
             assert isinstance(old, FakeQuantize)
             first = old.grid not in trackers
             if first:
-                qp = _as_learned(old.qparams, ctx)
-                trackers[old.grid] = Tracker(qp, grids(gm)[old.grid])
+                qp, grid = _as_learned(old.qparams, ctx), grids(gm)[old.grid]
+                trackers[old.grid] = made = tracker(qp, grid, ctx.scheme.ste).to(old.scale.device)
                 if self.calibrated:
-                    trackers[old.grid].start(qp)
+                    made.start(qp)
+                elif isinstance(made, Clip):
+                    made.begin_at(ctx.scheme.clip)
             swap_module(gm, node, TrackedFakeQuantize(trackers[old.grid], old.grid, first))
             changed += 1
         for node, _ in walk(gm, *WEIGHTED):
             layer = module_of(gm, node)
-            if isinstance(layer, Quantized) and node.meta.get("integer"):
+            if isinstance(layer, Quantized) and (node.meta.get("integer") or ctx.scheme.trains):
                 swap_module(gm, node, self._layer(gm, node, layer, ctx))
                 changed += 1
             elif not isinstance(layer, Quantized):
@@ -57,10 +62,16 @@ class PrepareTraining(Pass):
                     changed += 1
         return changed
 
-    def _layer(self, gm: GraphModule, node: Node, old: Quantized, ctx: PassContext) -> TrainedLayer:
-        fq: Any = module_of(gm, node.all_input_nodes[0])
-        source = fq.tracker if ctx.target.int32_bias else None
+    def _layer(self, gm: GraphModule, node: Node, old: Quantized, ctx: PassContext) -> TrainedLayer | EstimatedLayer:
+        fq: Any = module_of(gm, node.all_input_nodes[0]) if node.meta.get("integer") else None
+        source = fq.tracker if fq is not None and ctx.target.int32_bias else None
         op, bn = self._unfolded(gm, node, old.op, ctx)
+        scheme = ctx.scheme
+        if (scheme.weights != "range" or scheme.batch_norm == "plain") and not node.meta.get("int8_layer"):
+            readers = [module_of(gm, u) if kind(gm, u) == "fake_quantize" else None for u in node.users]
+            signs = bool(readers) and all(isinstance(r, FakeQuantize) and is_binary(r) for r in readers)
+            weight: Any = op.weight
+            return EstimatedLayer(op, bn, estimator(scheme, kind(gm, node), weight), source, str(node.target), signs)
         return TrainedLayer(op, bn, old.weight_grid.qparams, ctx.scheme.weight_observer, source, str(node.target))
 
     def _unfolded(self, gm: GraphModule, node: Node, old: nn.Module, ctx: PassContext) -> tuple[nn.Module, nn.Module | None]:
@@ -82,7 +93,7 @@ class PrepareTraining(Pass):
 
 def _as_learned(qp: QParams, ctx: PassContext) -> QParams:
     """The scheme's own codes where the target stores signed grids as unsigned ones."""
-    spec = ctx.scheme.activation
+    spec = ctx.scheme.kept_activation
     if spec is None or not spec.signed or qp.spec.signed:
         return qp
     return QParams(spec, qp.scale, qp.zero_point + spec.qmin)
