@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from onnx import numpy_helper
 from torch.fx import Node
 
 from fxq.backends.onnxruntime import session
@@ -16,6 +17,34 @@ from fxq.backends.reference import Step, value_name
 
 CHUNK_BYTES = 1 << 28
 QUANTIZE = "QuantizeLinear"
+
+
+def constant(model: onnx.ModelProto, name: str) -> np.ndarray[Any, Any] | None:
+    """The constant tensor ``name`` of a file: an initializer, or what nodes make of initializers (run by ONNX Runtime); otherwise ``None``."""
+    stored = {t.name: t for t in model.graph.initializer}
+    if name in stored:
+        return numpy_helper.to_array(stored[name])
+    made = {o: n for n in model.graph.node for o in n.output}
+    nodes: list[onnx.NodeProto] = []
+    read: list[onnx.TensorProto] = []
+    todo, seen = [name], set[str]()
+    while todo:
+        tensor = todo.pop()
+        if tensor in seen:
+            continue
+        seen.add(tensor)
+        if tensor in stored:
+            read.append(stored[tensor])
+        elif tensor in made:
+            nodes.append(made[tensor])
+            todo += [i for i in made[tensor].input if i]
+        else:
+            return None
+    order = {n.output[0]: i for i, n in enumerate(model.graph.node)}
+    graph = onnx.helper.make_graph(sorted(nodes, key=lambda n: order[n.output[0]]), "constant", [], [onnx.ValueInfoProto(name=name)], read)
+    small = onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    value: np.ndarray[Any, Any] = session(small.SerializeToString(), "off").run(None, {})[0]
+    return value
 
 
 class Exposed:

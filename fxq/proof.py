@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import numpy_helper
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves, tree_map
@@ -26,7 +25,7 @@ from fxq.backends.onnx_half import on_half_grids
 from fxq.backends.onnxruntime import session
 from fxq.backends.reference import Reference, Step, value_name
 from fxq.errors import ArtifactError
-from fxq.exposed import Exposed
+from fxq.exposed import Exposed, constant
 from fxq.graph import input_names as graph_inputs
 from fxq.graph import kind, module_of
 from fxq.kernels import Codes
@@ -62,7 +61,7 @@ class _Ledger:
     """What was compared so far."""
 
     exposed: Exposed
-    initializers: dict[str, onnx.TensorProto]
+    model: onnx.ModelProto
     reference: Reference
     bound: float = BOUND
     count: dict[str, int] = field(default_factory=lambda: dict(elements=0, differ=0, hidden=0, hidden_differ=0, batches=0))
@@ -157,10 +156,8 @@ class _Ledger:
         return self._same(f"{name}_scale", qp.scale) and self._same(f"{name}_zero", qp.zero_point)
 
     def _same(self, name: str, want: Tensor) -> bool:
-        have = self.initializers.get(name)
-        if have is None:
-            return True
-        return bool(np.array_equal(numpy_helper.to_array(have).astype(np.float64), want.detach().cpu().numpy().astype(np.float64)))
+        have = constant(self.model, name)
+        return have is None or bool(np.array_equal(have.astype(np.float64), want.detach().cpu().numpy().astype(np.float64)))
 
 
 def _quantizer(reference: Reference, step: Step) -> m.FakeQuantize:
@@ -269,7 +266,7 @@ def verify(
     outputs = [o.name for o in full.get_outputs()]
     _require_own(model, reference, names, [i.name for i in full.get_inputs()])
     exposed = Exposed(raw, reference.steps, _outputs(reference.gm, outputs), "extended" if fused else "off")
-    ledger = _Ledger(exposed, {t.name: t for t in model.graph.initializer}, reference, HALF_BOUND if half else BOUND)
+    ledger = _Ledger(exposed, model, reference, HALF_BOUND if half else BOUND)
     nodes = _output_nodes(reference.gm)
     whole = len(nodes) == len(outputs)
     exact = [n not in ledger.inexact for n in nodes] if whole else [not ledger.inexact] * len(outputs)

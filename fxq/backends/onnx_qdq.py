@@ -15,7 +15,8 @@ from fxq.backends.onnx_codes import fake_quantize
 from fxq.backends.onnx_half import LEAST, TOP, to_half
 from fxq.backends.onnx_island import Island, find, schedule, splice
 from fxq.backends.onnx_limits import refusal
-from fxq.backends.onnx_weighted import NIBBLE
+from fxq.backends.onnx_packed import Stored
+from fxq.backends.onnx_weighted import NIBBLE, low_bit_forms
 from fxq.backends.onnx_writer import TYPES, Writer, constant, quantizer
 from fxq.errors import LoweringError, TargetError
 from fxq.graph import input_names, kind, module_of
@@ -47,6 +48,7 @@ class OnnxQdq(Lowering):
             raise TargetError(f"unknown float type {float_dtype!r}", way_out="Use fp32 or fp16")
         self.half = float_dtype == "fp16"
         self._found: tuple[GraphModule, list[Island]] | None = None
+        self._forms: tuple[GraphModule, dict[str, Stored]] | None = None
 
     def _islands(self, gm: GraphModule, target: Target) -> list[Island]:
         """Float islands of ``gm``, exported once for ``check`` and ``emit``."""
@@ -54,9 +56,19 @@ class OnnxQdq(Lowering):
             self._found = gm, find(gm, lambda n: _foreign(gm, n), target.opset)
         return self._found[1]
 
+    def _written(self, gm: GraphModule, scheme: Scheme, target: Target) -> tuple[Target, dict[str, Stored]]:
+        """The target with the opset that the file's types need, and the low-bit forms of weights by module path."""
+        if self._forms is None or self._forms[0] is not gm:
+            self._forms = gm, low_bit_forms(gm, target)
+        forms = self._forms[1]
+        int4 = scheme.weight is not None and scheme.weight.bits <= NIBBLE and scheme.weight.signed
+        older = (int4 or bool(forms)) and target.opset < INT4_OPSET
+        return replace(target, opset=INT4_OPSET, ir_version=INT4_IR) if older else target, forms
+
     def check(self, gm: GraphModule, scheme: Scheme, target: Target) -> list[Issue]:
         """Everything that cannot be written: operations neither fxq nor torch's exporter can write, foreign outputs, files over 2 GiB."""
-        target, self._found = _written(scheme, target), None
+        self._found = self._forms = None
+        target, forms = self._written(gm, scheme, target)
         issues = [i.fault for i in self._islands(gm, target) if i.fault is not None]
         for node in gm.graph.nodes:
             if node.op == "placeholder":
@@ -70,6 +82,7 @@ class OnnxQdq(Lowering):
                 issues.append(Issue(_path(node), fact, "Give it an int32 bias that is no multiple of its weights' codes, or read it on an 8-bit grid first"))
         issues.extend(self._half_faults(gm, target))
         widths = {id(q.op.weight): q.weight_grid.spec.bits / 8 for q in gm.modules() if isinstance(q, Quantized)}
+        widths |= {id(gm.get_submodule(name).op.weight): 1 / s.raw.digits for name, s in forms.items()}  # type: ignore[union-attr]
         size = sum(p.numel() * widths.get(id(p), p.element_size()) for p in gm.parameters())
         if size > MAX_BYTES:
             issues.append(Issue("file", f"the weights take {size / 2**30:.1f} GiB, an ONNX file holds 2", "Quantize more layers, or split the model"))
@@ -95,10 +108,11 @@ class OnnxQdq(Lowering):
         """
         from fxq import __version__
 
-        target = _written(scheme, target)
+        target, forms = self._written(gm, scheme, target)
         islands = self._islands(gm, target)
         results = [r for n in gm.graph.nodes if n.op == "output" for r in named_results(n.args[0])]
         w = Writer(gm, target, input_names(gm) + [name for name, _ in results], self.half)
+        w.stored = {f"{w.out(n)}/weight": forms[str(n.target)] for n in gm.graph.nodes if n.op == "call_module" and str(n.target) in forms}
         inputs: list[Any] = []
         for unit in schedule(gm, islands):
             if isinstance(unit, Island):
@@ -120,12 +134,6 @@ class OnnxQdq(Lowering):
         model = to_half(model) if self.half else model
         data = model.SerializeToString()
         return Artifact(self.name, data, {"bytes": {"total": len(data), "weights": weights}, **_facts(gm, w, islands)})
-
-
-def _written(scheme: Scheme, target: Target) -> Target:
-    """The target with the opset that the scheme's types need."""
-    int4 = scheme.weight is not None and scheme.weight.bits <= NIBBLE and scheme.weight.signed
-    return replace(target, opset=INT4_OPSET, ir_version=INT4_IR) if int4 and target.opset < INT4_OPSET else target
 
 
 def _facts(gm: GraphModule, w: Writer, islands: list[Island]) -> dict[str, Any]:

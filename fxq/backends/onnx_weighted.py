@@ -4,23 +4,42 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from onnx import TensorProto
 from torch import Tensor, nn
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from fxq import modules as m
 from fxq import numerics
 from fxq.backends.onnx_codes import read_grid, written_grid
+from fxq.backends.onnx_packed import Stored, choose, levels
 from fxq.backends.onnx_writer import Writer, quantizer, rounder
 from fxq.convolutions import conv_pads
-from fxq.graph import kind, shape
+from fxq.graph import kind, module_of, shape
 from fxq.kernels import gives_sign
 from fxq.spec import QParams
+from fxq.targets import Target
 
 NIBBLE = 4  # bits that ONNX's INT4 holds
+WEIGHT_ONLY_LEVELS = 4  # codes up to which a weight-only linear layer is expanded at load; with more it runs as MatMulNBits
 BLOCK = 128  # weights of a column that share a scale in a weight-only layer
 PAD_MODES = {"constant": "constant", "zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+
+
+def low_bit_forms(gm: GraphModule, target: Target) -> dict[str, Stored]:
+    """Module path -> form of each weight that takes less bytes than as int8; the runtime must fold constants before it fuses Q/DQ."""
+    weights: dict[str, np.ndarray[Any, Any]] = {}
+    for node in gm.graph.nodes if target.fused else ():
+        module = module_of(gm, node) if node.op == "call_module" else None
+        if not isinstance(module, m.Quantized) or module.dynamic is not None or module.weight_grid.spec.dtype != torch.int8 or module.weight_grid.spec.block:
+            continue
+        codes = module.weight_codes().cpu().contiguous().numpy()
+        few = len(levels(codes)) in range(1, WEIGHT_ONLY_LEVELS + 1)
+        if node.meta.get("integer") or few or not isinstance(module.op, nn.Linear):
+            weights[str(node.target)] = codes
+    found = choose({f"{path}/weight": codes for path, codes in weights.items()})
+    return {path: found[f"{path}/weight"] for path in weights if f"{path}/weight" in found}
 
 
 def weighted(w: Writer, node: Node, module: nn.Module) -> str:
@@ -69,15 +88,12 @@ def _float_bias(w: Writer, node: Node, op: Any) -> list[str]:
 
 
 def _weight(w: Writer, node: Node, module: m.Quantized) -> str:
-    """Integer weight behind DequantizeLinear. int4 is cast to int8 first: constant folding expands it before the runtime fuses Q/DQ."""
+    """Integer weight behind DequantizeLinear. Low-bit forms are expanded to int8 first: by constant folding, before the runtime fuses Q/DQ."""
     out = w.out(node)
     qp, codes = _coded(w, out, module)
     grid = unit(qp) if _is_sign(w, node) else qp
     s, z = w.grid(f"{out}/weight", grid)
-    if qp.spec.bits <= NIBBLE and qp.spec.signed:
-        q = w.op("Cast", [w.int4(f"{out}/weight_q4", codes)], f"{out}/weight_q", to=TensorProto.INT8)
-    else:
-        q = w.const(f"{out}/weight_q", codes)
+    q = w.weight(f"{out}/weight", codes)
     axis = {} if grid.spec.axis is None else {"axis": grid.spec.axis}
     return w.op("DequantizeLinear", [q, s, z], f"{out}/weight/dq", **axis)
 
@@ -96,7 +112,7 @@ def unit(qp: QParams) -> QParams:
 
 def _coded(w: Writer, out: str, module: m.Quantized) -> tuple[QParams, Tensor]:
     """The weight's grid as the file holds it, and the codes on it."""
-    qp = w.stored(f"{out}/weight", module.weight_grid.qparams)
+    qp = w.on_grid(f"{out}/weight", module.weight_grid.qparams)
     weight: Any = module.op.weight
     return qp, numerics.quantize(weight.detach(), qp)
 
@@ -154,11 +170,11 @@ def weight_only(w: Writer, node: Node, module: m.Quantized) -> str:
     """Integer weights, float arithmetic.
 
     A linear layer becomes DequantizeLinear([K, N]) -> MatMul -> Add, which ONNX Runtime turns into MatMulNBits.
-    A conv's weight is written as Cast -> Sub -> Mul: constant folding expands it once at load, where a DequantizeLinear would run
-    on every call.
+    The weight of a conv, and of a linear layer with up to four different codes, is written as Cast -> Sub -> Mul: constant folding expands it once at
+    load, where a DequantizeLinear would run on every call.
     """
     out, op = w.out(node), module.op
-    if not isinstance(op, nn.Linear):
+    if not isinstance(op, nn.Linear) or f"{out}/weight" in w.stored:
         return _layer(w, node, op, _folded(w, out, module), _float_bias(w, node, op))
     y = w.op("MatMul", [w.input(node), _columns(w, out, module)], out if op.bias is None else f"{out}/matmul")
     return y if op.bias is None else w.op("Add", [y, *_float_bias(w, node, op)], out)
@@ -186,8 +202,7 @@ def _columns(w: Writer, out: str, module: m.Quantized) -> str:
 
 def _folded(w: Writer, out: str, module: m.Quantized) -> str:
     qp, codes = module.weight_grid.qparams, module.weight_codes()
-    small = qp.spec.bits <= NIBBLE and qp.spec.signed
-    q = w.int4(f"{out}/weight_q", codes) if small else w.const(f"{out}/weight_q", codes)
+    q = w.weight(f"{out}/weight", codes)
     real = w.op("Cast", [q], f"{out}/weight/float", to=TensorProto.FLOAT)
     along = [-1 if d == qp.spec.axis else 1 for d in range(codes.ndim)] if qp.spec.axis is not None else []
     if bool((qp.zero_point != 0).any()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.fx import GraphModule, Node
 
 from fxq import numerics
 from fxq.backends.onnx_half import half_scale
+from fxq.backends.onnx_packed import Stored, as_nibbles, filled, table
 from fxq.graph import attr, kind, module_of, shape
 from fxq.modules import FakeQuantize
 from fxq.spec import QParams
@@ -42,12 +44,14 @@ class Writer:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.names: dict[Node, str] = {}
+        self.stored: dict[str, Stored] = {}  # name of a weight -> its low-bit form; others are int8
         self.nodes_on_codes: set[Node] = set()  # movers that wrote their fake_quantize node's codes themselves
         self._outs: dict[Node, str] = {}
         self._taken = set(reserved)
         self._alias: dict[str, str] = {}
         self._large: dict[Any, list[tuple[str, np.ndarray[Any, Any]]]] = {}
         self._late: dict[Node, Callable[[], str]] = {}
+        self._expanded: dict[Any, list[tuple[str, np.ndarray[Any, Any]]]] = {}
 
     def op(self, op: str, inputs: list[str], output: str, **attrs: Any) -> str:
         """Append a node with one output, named like it; returns the output's name."""
@@ -85,20 +89,41 @@ class Writer:
 
     def int4(self, name: str, codes: Tensor) -> str:
         """A packed INT4 initializer of codes in [-8, 7]; returns its name."""
-        flat = codes.detach().cpu().numpy().reshape(-1).astype(np.uint8) & 0xF
-        if flat.size % 2:
-            flat = np.append(flat, np.uint8(0))
-        packed = (flat[0::2] | (flat[1::2] << 4)).astype(np.uint8)
-        self.initializers[name] = TensorProto(name=name, data_type=TensorProto.INT4, dims=list(codes.shape), raw_data=packed.tobytes())
+        self.initializers[name] = as_nibbles(name, codes.detach().cpu().numpy())
         return name
 
-    def stored(self, name: str, qp: QParams) -> QParams:
+    def weight(self, name: str, codes: Tensor) -> str:
+        """The integer tensor ``<name>_q`` of a weight, in the form that :attr:`stored` names; equal ones are expanded once. Returns its name."""
+        stored = self.stored.get(name)
+        if stored is None:
+            return self.const(f"{name}_q", codes)
+        array = codes.detach().cpu().contiguous().numpy()
+        twins = self._expanded.setdefault((stored, array.shape), [])
+        for other, kept in twins:
+            if np.array_equal(array, kept):
+                return other
+        twins.append((f"{name}_q", array))
+        tensors, nodes = filled(name, array, stored, self._table(stored))
+        self.initializers |= {t.name: t for t in tensors}
+        self.nodes += nodes
+        return f"{name}_q"
+
+    def _table(self, stored: Stored) -> str:
+        """Initializer with the table of a form; stored once."""
+        if stored.form is None:
+            return ""
+        array, wish = table(stored.values, stored.form), f"tables/{stored.form.bits}bit"
+        names = (wish if i == 0 else f"{wish}_{i}" for i in itertools.count())
+        name = next(n for n in names if n not in self.initializers or np.array_equal(numpy_helper.to_array(self.initializers[n]), array))
+        return self.const(name, array)
+
+    def on_grid(self, name: str, qp: QParams) -> QParams:
         """The grid as the file can hold it."""
         return QParams(qp.spec, half_scale(qp.scale, name), qp.zero_point) if self.half else qp
 
     def grid(self, name: str, qp: QParams) -> tuple[str, str]:
         """Initializers of a grid's scale and zero point."""
-        qp = self.stored(name, qp)
+        qp = self.on_grid(name, qp)
         zero = qp.zero_point.to(torch.int32 if qp.spec.bits > 16 else qp.spec.dtype)
         return self.const(f"{name}_scale", qp.scale), self.const(f"{name}_zero", zero)
 
