@@ -17,6 +17,9 @@ from fxq.spec import QParams, QuantSpec
 from fxq.targets import Target
 
 
+POINTWISE = ("relu", "clamp", "batch_norm", "leaky_relu", "prelu", "sigmoid", "hardsigmoid", "hardswish", "silu", "tanh", "gelu", "elu")
+
+
 @dataclass(frozen=True)
 class Annotate(Pass):
     """Decide where integers are worth it.
@@ -56,12 +59,15 @@ class OutputsPlan(Plan):
     def __init__(self, gm: GraphModule, ctx: PassContext) -> None:
         super().__init__(gm, ctx)
         self.free: dict[Node, bool] = {}
+        self.behind_float: set[Node] = set()
 
     def place(self, spec: QuantSpec) -> None:
         nodes = list(self.gm.graph.nodes)
         why = {n: self._cannot(n) for n in nodes}
         for n in nodes:
-            self.free[n] = why[n] is None and self._free(n)
+            if self._follows_float_layer(n):
+                self.behind_float.add(n)
+            self.free[n] = n in self.behind_float or (why[n] is None and self._free(n))
         absorbed = {n: n.args[0] for n in nodes if self._absorbable(n, spec, why)}
         for n in reversed(nodes):
             self._decide(n, why[n], absorbed)
@@ -100,6 +106,14 @@ class OutputsPlan(Plan):
         if rule is not None and rule.always:
             return k == "conv" or len(shape(node)) == 2
         return all(self.free[i] for i in data_inputs(node))
+
+    def _follows_float_layer(self, node: Node) -> bool:
+        """A layer that the scheme keeps float, or a pointwise operation on its output: float itself, but what it gives is worth a grid."""
+        if self.ctx.scheme.stream is None:
+            return False
+        if node in self.roles and set(self.roles[node]) & set(self.ctx.scheme.float_layers):
+            return self.kinds[node] == "conv" or len(shape(node)) == 2
+        return self.kinds[node] in POINTWISE and bool(data_inputs(node)) and all(i in self.behind_float for i in data_inputs(node))
 
     def _absorbable(self, node: Node, spec: QuantSpec, why: dict[Node, str | None]) -> bool:
         """A ReLU or clamp from 0 that its producer's output grid can take over."""
@@ -146,6 +160,8 @@ class OutputsPlan(Plan):
                 return None
         elif k == "clamp":
             return "a clamp that is not absorbed has no integer kernel"
+        if node in self.behind_float:
+            return "it follows a layer that the scheme leaves float"
         if not self.free[node]:
             return "an input is a float stream: quantizing it costs accuracy and saves nothing"
         if k == "split":
