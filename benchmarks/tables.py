@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/schemes.md from benchmarks/results/*.json.
+"""Writes the tables of README.md and docs/*.md from benchmarks/results/*.json.
 
 Run: python benchmarks/tables.py     (between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``)
 """
@@ -113,13 +113,39 @@ def tensorrt_accuracy() -> str:
     return text + "\n\n" + table(["net", *columns], [[k, *(r.get(c, "") for c in columns)] for k, r in rows.items()])
 
 
+def training() -> str:
+    rows, source = load("training")
+    columns = ["net", "scheme", "float", "simulator", "ONNX Runtime", "goal", "epochs", "minutes", "seed", "file KB", "proof"]
+    cells = [[f"`{k}`", *(r[c] for c in columns)] for k, r in rows.items()]
+    text = f"CIFAR-10 test accuracy after training ({source}): of the float start, of the simulator and of the lowered file, by recipe:"
+    return text + "\n\n" + table(["recipe", *columns], cells)
+
+
+def training_steps() -> str:
+    rows, source = load("training_steps")
+    columns = [c for c in next(iter(rows.values())) if c.endswith(" ms") or c.endswith("/ float")]
+    first = next(iter(rows.values()))
+    text = f"Time of a training step ({source}), batch {first['batch']}, {first['threads']} threads, in turns in one run:"
+    return text + "\n\n" + table(["net", *columns], [[k, *(r[c] for c in columns)] for k, r in rows.items()])
+
+
+def size() -> str:
+    rows, source = load("size")
+    columns = ["weights", "MMAC", "stated MB", "file MB", "most bits stored a weight, 128+ channels"]
+    text = (
+        f"Weights, multiply-accumulates and bytes ({source}), counted in the ONNX file. Stated: whole bits for each weight and 4 bytes for each bias, "
+        f"as the low-bit literature counts; file: on the disk."
+    )
+    return text + "\n\n" + table(["net", "scheme", *columns], [[*k.split(" "), *(r[c] for c in columns)] for k, r in rows.items()])
+
+
 TABLES: dict[str, Callable[[], str]] = {"coverage": coverage, "accuracy": accuracy, "speed": speed, "compile": compile_time, "observers": observers}
-TABLES |= {"tensorrt": tensorrt, "tensorrt_accuracy": tensorrt_accuracy}
+TABLES |= {"tensorrt": tensorrt, "tensorrt_accuracy": tensorrt_accuracy, "training": training, "training_steps": training_steps, "size": size}
 SOURCES = {"tensorrt": "tensorrt_int8_sm86"}
 
 
 def main() -> None:
-    for page in (ROOT / "README.md", ROOT / "docs" / "schemes.md", ROOT / "docs" / "tensorrt.md"):
+    for page in (ROOT / "README.md", *(ROOT / "docs" / f"{n}.md" for n in ("schemes", "tensorrt", "training"))):
         text = page.read_text()
         for name in re.findall(r"<!-- bench:(\w+) -->", text):
             if not (RESULTS / f"{SOURCES.get(name, name)}.json").exists():

@@ -83,7 +83,7 @@ def work(a: argparse.Namespace, rank: int, world: int) -> int:
             return STOPPED
         if rank > 0:
             return 0
-        changes = [w for c in a.set for w in ("--set", c)]
+        changes = [w for c in a.set if c.split("=")[0].strip() not in recipe.FREE for w in ("--set", c)]
         body = result.write(run, name, shlex.join(["python", "examples/train_cifar10.py", f"examples/recipes/{a.recipe.name}", *changes]))
         show.line(summary(body))
         return 0 if body["proof"]["ok"] else 1

@@ -96,7 +96,7 @@ def test_a_run_stopped_after_every_step_equals_an_uninterrupted_one(script: Any,
 
 
 def test_the_result_is_that_of_the_file(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert script.main([recipe(QAT), "--out", "run", "--set", "seed=3", "--set", "label_smoothing=0.1"]) == 0
+    assert script.main([recipe(QAT), "--out", "run", "--set", "seed=3", "--set", "max_seconds=900", "--set", "label_smoothing=0.1"]) == 0
     text = capsys.readouterr().out
     assert len(re.findall(r"^stage \d/2 \w+, epoch \d/\d: loss .* images/s, validation .* %, \d+ s$", text, re.M)) == 3 and "\x1b" not in text
     body = json.loads(Path("run/result.json").read_text())
