@@ -332,14 +332,19 @@ def is_integer(gm: GraphModule, n: Node) -> bool:
     return k != "pad" or module.mode != "constant" or module.value == 0
 
 
+def moved(gm: GraphModule, node: Node) -> list[Node]:
+    """The ``fake_quantize`` nodes whose codes an integer ``node`` moves; none when it does more than that."""
+    if kind(gm, node) not in MOVERS or not is_integer(gm, node):
+        return []
+    source = node.all_input_nodes[0]
+    return source.all_input_nodes if kind(gm, node) == "getitem" else node.all_input_nodes
+
+
 def keeps_grid(gm: GraphModule, fq: Node) -> bool:
     """Does the ``fake_quantize`` node stand behind an integer mover of values that are on its grid already?"""
-    source = fq.all_input_nodes[0]
-    if kind(gm, source) not in MOVERS or not is_integer(gm, source):
-        return False
     grid: Any = module_of(gm, fq)
-    inputs: Any = source.args[0].all_input_nodes if kind(gm, source) == "getitem" else source.all_input_nodes  # type: ignore[union-attr]
-    return all(module_of(gm, n).qparams.same_grid(grid.rounding) for n in inputs)  # type: ignore[operator, union-attr]
+    inputs: list[Any] = [module_of(gm, n) for n in moved(gm, fq.all_input_nodes[0])]
+    return bool(inputs) and all(i.qparams.same_grid(grid.rounding) for i in inputs)
 
 
 def gives_sign(gm: GraphModule, layer: Node) -> bool:

@@ -308,12 +308,13 @@ class TrackedFakeQuantize(FakeQuantize):
     Attributes:
         first: of the fake-quantizers that share a tracker, the one that runs first in the graph.
         tracker: on the first one a submodule, on the others a plain reference.
+        moves: it stands behind an operation that moves values of this very grid: they stay as they are, and so do their gradients.
     """
 
-    def __init__(self, tracker: Tracker, grid: str, first: bool) -> None:
+    def __init__(self, tracker: Tracker, grid: str, first: bool, moves: bool = False) -> None:
         super().__init__(tracker.qparams, grid)
         del self.scale, self.zero_point, self.step
-        self.first = first
+        self.first, self.moves = first, moves
         if first:
             self.own = tracker
         self._tracker = [tracker]
@@ -330,10 +331,12 @@ class TrackedFakeQuantize(FakeQuantize):
     @property
     def rounding(self) -> QParams:
         """The grid that values are rounded to."""
-        step = self.tracker.step
+        step = None if self.moves else self.tracker.step
         return self.qparams if step is None else QParams(self.spec, step, self.tracker.zero_point)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.moves:
+            return x
         try:
             if self.training:
                 self.tracker.see(x, part=not self.first)
@@ -348,7 +351,7 @@ class TrackedFakeQuantize(FakeQuantize):
     def deployed(self, qparams: QParams | None = None) -> FakeQuantize:
         """The fake-quantizer of the deployed model. ``qparams``: the grid as the target keeps it, where it is another."""
         t: Any = self.tracker
-        return FakeQuantize(qparams or self.qparams, self.grid, t.step)
+        return FakeQuantize(qparams or self.qparams, self.grid, None if self.moves else t.step)
 
     def extra_repr(self) -> str:
         return str(self.tracker)

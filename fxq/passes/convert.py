@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from fxq import numerics
 from fxq.errors import CalibrationError
 from fxq.graph import add_module, copy_shape, data_inputs, erase, grids, kind, module_of, reads_codes, swap_module
+from fxq.kernels import moved
 from fxq.modules import WEIGHTED, FakeQuantize, Quantized
 from fxq.pipeline import Pass, PassContext
 from fxq.schemes import S8N
@@ -89,7 +90,9 @@ class Convert(Pass):
     def _fake_quantize(self, gm: GraphModule, node: Node, name: str, wish: str, device: torch.device) -> Node:
         grid = grids(gm)[name]
         assert grid.qparams is not None
-        path = add_module(gm, wish, FakeQuantize(grid.qparams, name, grid.step).to(device))
+        sources = moved(gm, node)  # what moves values of the grid rounds them once more, as they are
+        step = None if sources and all(s.meta["grid"] == name for s in sources) else grid.step
+        path = add_module(gm, wish, FakeQuantize(grid.qparams, name, step).to(device))
         with gm.graph.inserting_after(node):
             rounded = gm.graph.call_module(path, (node,))
         copy_shape(node, rounded)

@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from fxq.estimators import estimator
 from fxq.folding import bn_affine, fold_back
 from fxq.graph import grids, kind, module_of, swap_module, walk
+from fxq.kernels import moved
 from fxq.modules import WEIGHTED, FakeQuantize, Quantized
 from fxq.pipeline import Pass, PassContext
 from fxq.spec import QParams
@@ -48,7 +49,10 @@ class PrepareTraining(Pass):
                     made.start(qp)
                 elif isinstance(made, Clip):
                     made.begin_at(ctx.scheme.clip)
-            swap_module(gm, node, TrackedFakeQuantize(trackers[old.grid], old.grid, first))
+            sources = moved(gm, node.all_input_nodes[0])
+            moves = bool(sources) and all(s.meta["grid"] == old.grid for s in sources)
+            padded = is_binary(old) and kind(gm, node.all_input_nodes[0]) == "pad"  # the sign of 0 is 1
+            swap_module(gm, node, TrackedFakeQuantize(trackers[old.grid], old.grid, first, moves and not padded))
             changed += 1
         for node, _ in walk(gm, *WEIGHTED):
             layer = module_of(gm, node)
