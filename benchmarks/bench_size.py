@@ -52,6 +52,7 @@ def row(data: bytes) -> dict[str, Any]:
         "stated MB": f"{onnx_counts.stated_bytes(found) / 1e6:.4f}",
         "file MB": f"{len(data) / 1e6:.4f}",
         f"most bits stored a weight, {WIDE}+ channels": f"{max(x.stored_bits for x in wide):.3f}" if wide else "",
+        "of these without scales": f"{max(x.code_bits for x in wide):.3f}" if wide else "",
     }
 
 

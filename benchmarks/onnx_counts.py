@@ -47,6 +47,11 @@ class Layer:
         """Bits of the file for each weight, scales included."""
         return 8 * self.stored / self.weights
 
+    @property
+    def code_bits(self) -> float:
+        """Bits of the file for each weight without scales: codes and tables."""
+        return 8 * (self.stored - self.scales) / self.weights
+
 
 class File:
     """An ONNX model: who makes each tensor, and what is stored."""

@@ -131,7 +131,7 @@ def training_steps() -> str:
 
 def size() -> str:
     rows, source = load("size")
-    columns = ["weights", "MMAC", "stated MB", "file MB", "most bits stored a weight, 128+ channels"]
+    columns = ["weights", "MMAC", "stated MB", "file MB", "most bits stored a weight, 128+ channels", "of these without scales"]
     text = (
         f"Weights, multiply-accumulates and bytes ({source}), counted in the ONNX file. Stated: whole bits for each weight and 4 bytes for each bias, "
         f"as the low-bit literature counts; file: on the disk."

@@ -81,7 +81,7 @@ def test_codes_are_counted_not_bytes(size: Any) -> None:
     ]
     conv, product, last = counts.layers(model(nodes, stored, [1, 2, 4, 3], ["n", 5]))
     assert (conv.weights, conv.biases, conv.levels, conv.bits, conv.channels) == (24, 4, 2, 1, (2, 4))
-    assert conv.macs == 4 * 3 * 1 * 6 and conv.stored == 8 + 12 + 32 + 16 and conv.scales == 16
+    assert conv.macs == 4 * 3 * 1 * 6 and conv.stored == 8 + 12 + 32 + 16 and conv.scales == 16 and conv.code_bits == 8 * 52 / 24
     assert (product.weights, product.levels, product.bits, product.macs, product.stored) == (36, 3, 2, 36, 36 + 4)
     assert (last.weights, last.bits, last.macs, last.stored_bits) == (15, 32, 15, 32)
     assert counts.stated_bytes([conv, product, last]) == 24 / 8 + 16 + 36 / 4 + 60

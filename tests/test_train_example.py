@@ -1,5 +1,6 @@
 """``examples/train_cifar10.py``: a stopped run goes on bit for bit, what is refused says why, the test images are read once, the file is what is reported."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -279,6 +280,24 @@ def test_recipes_are_valid(script: Any, path: Path) -> None:
     assert made.net in zoo.NETS and (made.scheme in path.stem or made.scheme == "float")
     if made.weights.startswith("nin"):
         assert (path.parent / f"{made.weights}.toml").exists()
+
+
+def test_the_page_of_recipes_is_the_code(script: Any) -> None:
+    """docs/recipes.md: every key with its default and its line, and the commands it shows are of recipes that exist."""
+    made = importlib.import_module("training.recipe")
+    want = []
+    for prefix, kind in (("", made.Recipe), ("optimizer.", made.Optimizer), ("distill.", made.Distill), ("stages.N.", made.Stage)):
+        for f in dataclasses.fields(kind):
+            if f.metadata["what"]:
+                default = f.default_factory() if f.default is dataclasses.MISSING else f.default  # type: ignore[misc]
+                want.append(f"| `{prefix}{f.name}` | `{json.dumps(default)}` | {f.metadata['what']} |")
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    assert [line for line in text.splitlines() if line.startswith("| `")] == want and len(want) > 35
+    commands = re.findall(r"examples/train_cifar10.py (\S+) ?(.*)", text.split("```")[1])
+    assert len(commands) == 4
+    for path, options in commands:
+        changes = re.findall(r"--set (\S+)", options)
+        assert (made.load(ROOT / path, changes) != made.load(ROOT / path)) == bool(changes)
 
 
 def test_the_split_is_balanced_and_the_same_for_all(script: Any) -> None:
