@@ -25,6 +25,7 @@ from fxq.lowering import contents
 TARGETS = {"onnxruntime": "ONNX Runtime, CPU provider, all optimizations", **lint_trt.SUMMARIES}
 GONE = "gone"
 TYPED_LIKE_INPUT = {*ON_CODES, "Clip", "Pad"}
+BLOCKED = "_nchwc"
 CLIPS = ("Relu", "Clip")  # they vanish: into a kernel or into a Q, which cannot be told apart afterwards
 Source = bytes | str | os.PathLike[str] | onnx.ModelProto
 
@@ -84,7 +85,7 @@ def lint(model: Source, target: str = "onnxruntime") -> LintReport | TrtReport:
     """Predict how the target executes a Q/DQ file; reads the file only, runs nothing.
 
     Not predicted for ONNX Runtime: Q/DQ pairs that the runtime's last step, which lays integer convs out channels-last, adds around the Transposes
-    it moves into float islands (seen with signed activations on squeeze-excite nets, one pair per block; it never changes what fuses).
+    it moves into float islands (seen where a float operation reads what an integer conv gives; it never changes what fuses).
 
     Args:
         model: bytes, path or ModelProto of any ONNX file with Q/DQ nodes.
@@ -184,10 +185,22 @@ def runtime_report(model: Source) -> LintReport:
     for node in optimized.graph.node:
         for hit in re.findall(r"fxq(\d+)_", node.name):
             found.setdefault(int(hit), node)
+        if node.name.endswith(BLOCKED):
+            _in_blocks(proto, node, found)
     types = _types_of(optimized)
     ops = tuple(_actual(proto, index, node, found, types) for index, node in nodes.items())
     tally = Counter(n.op_type for n in optimized.graph.node)
     return LintReport(ops, tally[Q], tally[DQ])
+
+
+def _in_blocks(proto: onnx.ModelProto, node: onnx.NodeProto, found: dict[int, onnx.NodeProto]) -> None:
+    """Float convolutions in the runtime's blocked layout are named like the tensor that they give: their own or that of the activation inside."""
+    made = {o: i for i, n in enumerate(proto.graph.node) for o in n.output}
+    index = made.get(node.name.removesuffix(BLOCKED))
+    while index is not None:
+        found.setdefault(index, node)
+        origin = proto.graph.node[index]
+        index = made.get(origin.input[0]) if origin.op_type in CLIPS else None
 
 
 def optimize(proto: onnx.ModelProto) -> onnx.ModelProto:
