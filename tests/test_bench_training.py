@@ -98,7 +98,10 @@ def test_recipes_run_once_and_in_order(bench: Any, monkeypatch: pytest.MonkeyPat
 def test_a_run_that_is_stopped_goes_on(bench: Any, capfd: pytest.CaptureFixture[str]) -> None:
     """The example script in a process of its own, with the time that is left."""
     Path("one.toml").write_text(TINY.format(scheme="float", weights="", goal=0))
-    assert bench.train(Path("one.toml"), Path("out/one"), ["lr=1e-4", "max_seconds=1e-9"], False, 0) == bench.STOPPED
+    threads = torch.get_num_threads()
+    script = importlib.import_module("train_cifar10")
+    assert script.main(["one.toml", "--out", "out/one", "--set", "lr=1e-4", "--set", "max_seconds=1e-9"]) == bench.STOPPED
+    torch.set_num_threads(threads)
     assert bench.train(Path("one.toml"), Path("out/one"), ["lr=1e-4"], False, 600) == 0
     assert "goes on after epoch 0, step 1" in capfd.readouterr().out
     assert json.loads(Path("out/one/result.json").read_text())["command"].endswith("recipes/one.toml --set lr=1e-4")

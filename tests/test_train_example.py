@@ -204,6 +204,37 @@ def test_a_loss_of_nan_names_the_layer_and_the_step(script: Any, text: str, erro
     assert state("run")["place"]["step"] >= 1
 
 
+def test_what_torch_compile_does_not_take_is_one_line(script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The compiler itself takes minutes here: its place is taken by one that hands the module back, and one that fails in the first call."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    asked: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda module, **options: (asked.append(options), module)[1])
+    assert script.main([recipe(FLOAT), "--out", "run", "--set", "compile=true"]) == 0 and asked == [{"dynamic": False}]
+
+    def fails(*args: Any) -> None:
+        raise TorchDynamoException("\nno such thing\nand more")
+
+    monkeypatch.setattr(torch, "compile", lambda module, **options: fails)
+    assert script.main([recipe(FLOAT), "--out", "run", "--set", "compile=true", "--force"]) == 2
+    error = "epoch 1/2: torch.compile does not take this training graph: no such thing. Set compile = false\n"
+    assert capsys.readouterr().err.endswith(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "changes"),
+    [(QAT, ["channels_last=true", "amp=true"]), (FLOAT, ["optimizer.clip_norm=1e-3", "stages.0.schedule=step", "augment=false", "bn_momentum=0.5"])],
+    ids=["qat", "float"],
+)
+def test_each_option_changes_the_run(script: Any, text: str, changes: list[str]) -> None:
+    """The last bits or the steps differ, the run ends with a proven file."""
+    assert script.main([recipe(text), "--out", "plain"]) == 0
+    for change in changes:
+        assert script.main(["tiny.toml", "--out", "other", "--force", "--set", change]) == 0
+        assert not same(state("other")["state_dict"], state("plain")["state_dict"]), change
+        assert json.loads(Path("other/result.json").read_text())["proof"]["ok"] is True
+
+
 def test_a_parameter_that_is_nan_is_named(script: Any) -> None:
     parts = importlib.import_module("training.parts")
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
@@ -402,8 +433,8 @@ def test_the_best_epoch_is_kept(script: Any, monkeypatch: pytest.MonkeyPatch) ->
         assert [same(model.state_dict(), k) for k in kept] == [False, True, False]
 
 
-def test_two_processes_and_a_pipe(script: Any) -> None:
-    """``torchrun`` with gloo; the run of two processes is refused by one. The mistake of a user is no traceback."""
+def test_two_processes(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """``torchrun`` with gloo; the run of two processes is refused by one."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(EXAMPLES / "train_cifar10.py")]
     path = recipe(QAT)
@@ -412,9 +443,8 @@ def test_two_processes_and_a_pipe(script: Any) -> None:
     assert done.stdout.count("epoch 1/1: loss") == 1 and "proof on 24 images: ok" in done.stdout
     assert json.loads(Path("run/result.json").read_text())["processes"] == 2
     Path("run/result.json").unlink()
-    again = [sys.executable, str(EXAMPLES / "train_cifar10.py"), path, "--out", "run", "--set", "stages=[{}]", "--resume"]
-    refused = subprocess.run(again, capture_output=True, text=True, env=env)
-    assert refused.returncode == 2 and "it is of a run of 2 processes, this one has 1" in refused.stderr and "Traceback" not in refused.stderr
+    assert script.main([path, "--out", "run", "--set", "stages=[{}]", "--resume"]) == 2
+    assert "it is of a run of 2 processes, this one has 1" in capsys.readouterr().err
 
 
 def test_an_unknown_format_is_refused(script: Any) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 import fxq
 from fxq import schemes, zoo
-from fxq.errors import InputError
+from fxq.errors import FxqError, InputError
 from fxq.schemes import Scheme
 from fxq.spec import QuantSpec
 from training import data
@@ -165,6 +167,25 @@ class Ema:
         for k, v in self._values(model).items():
             v.copy_(self.shadow[k])
         return model
+
+
+@contextmanager
+def compile_errors(compiles: bool, where: str) -> Iterator[None]:
+    """Say in one line that ``torch.compile`` cannot take a graph.
+
+    Raises:
+        FxqError: instead of what the compiler raises, forward or backward.
+    """
+    if not compiles:
+        yield
+        return
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except TorchDynamoException as e:
+        reason = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
+        raise FxqError(f"torch.compile does not take this training graph: {reason}", where=where, way_out="Set compile = false") from e
 
 
 def not_finite(model: nn.Module, x: Tensor) -> str:

@@ -130,7 +130,7 @@ class Run:
         module: Any = self.model
         if self.world > 1:
             module = nn.parallel.DistributedDataParallel(module)
-        self.forward = torch.compile(module) if self.recipe.compile else module
+        self.forward = torch.compile(module, dynamic=False) if self.recipe.compile else module
 
     def _stage(self) -> bool:
         """One stage, or what is left of it."""
@@ -161,7 +161,8 @@ class Run:
             self.forward.train()  # type: ignore[attr-defined]
         while at.step < steps:
             start = time.monotonic()
-            self._step(name, order[at.step], steps)
+            with parts.compile_errors(self.recipe.compile, name):
+                self._step(name, order[at.step], steps)
             at.step += 1
             took = time.monotonic() - start
             at.seconds, at.spent = at.seconds + took, at.spent + took
