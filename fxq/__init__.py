@@ -9,6 +9,8 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "compile": "fxq.api",
+    "save": "fxq.modelfile",
+    "load": "fxq.modelfile",
     "CompiledModel": "fxq.compiled",
     "capture": "fxq.trace",
     "Scheme": "fxq.schemes",

@@ -15,8 +15,8 @@ from fxq import numerics, targets
 from fxq.errors import CalibrationError, FxqError, LoweringError, SchemeError
 from fxq.graph import walk
 from fxq.spec import QParams, QuantSpec
-from fxq.trainable import TrainableModel
 from fxq.trackers import TrackedFakeQuantize
+from fxq.trainable import TrainableModel
 from fxq.training import FloatLayer, TrainedLayer
 
 X = torch.randn(8, 3, 12, 12, generator=torch.Generator().manual_seed(0))

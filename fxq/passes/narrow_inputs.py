@@ -9,6 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fxq.graph import Grid, data_inputs, grids, kind, reads_codes
+from fxq.kernels import MOVERS
 from fxq.modules import WEIGHTED
 from fxq.pipeline import Pass, PassContext
 from fxq.schemes import Scheme
@@ -41,6 +42,8 @@ class NarrowInputs(Pass):
         fixed = {name for name in table if table[name].fixed is not None}
         same = scheme.activation == scheme.stream  # then one grid serves all
         mixed = fixed if same else fixed | _read_by_others(gm, chosen)
+        if scheme.activations == "sign":
+            mixed |= _computed(gm)
         for layer in layers:
             name = data_inputs(layer)[0].meta["grid"]
             if same and name in mixed:
@@ -61,6 +64,15 @@ def narrow_grid(grid: Grid, scheme: Scheme) -> Grid:
     if scheme.activations == "sign":
         fixed = QParams(scheme.activation, torch.ones(()), torch.zeros((), dtype=torch.int32))
     return Grid(scheme.activation, grid.clamp, fixed, fixed, scheme.activations)
+
+
+def _computed(gm: GraphModule) -> set[str]:
+    """Grids of values that integer operations other than weighted layers compute: sums, products, tables, means.
+
+    A runtime gives the sign of a layer's sum, and of a value on a grid, in integers; the sign of these it would compute in float.
+    """
+    kinds = ((n, kind(gm, n)) for n in gm.graph.nodes if n.meta.get("integer") and "grid" in n.meta)
+    return {n.meta["grid"] for n, k in kinds if k not in (*WEIGHTED, *MOVERS)}
 
 
 def _read_by_others(gm: GraphModule, layers: set[Node]) -> set[str]:

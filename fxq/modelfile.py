@@ -1,0 +1,93 @@
+"""A compiled model as a file that needs neither the user's class nor pickle: safetensors, with the graph as JSON in its header."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fxq import graph_json, targets
+from fxq.compiled import CompiledModel
+from fxq.errors import ArtifactError, LoweringError
+from fxq.lowering import Artifact
+from fxq.snapshot import History, Skip, Snapshot
+from fxq.trace import Captured
+from fxq.trainable import TrainableModel
+
+FORMAT, VERSION = "fxq-model", 1
+KINDS: dict[str, type[CompiledModel]] = {"compiled": CompiledModel, "trainable": TrainableModel}
+
+
+def save(model: CompiledModel, path: str | os.PathLike[str], *, force: bool = False) -> Path:
+    """Write a compiled or trainable model, whole or not at all: graph, grids, weights, history, state of the training.
+
+    Args:
+        model: from :func:`fxq.compile`, captured as one graph.
+        path: of the file. force: replace one that is there.
+
+    Raises:
+        ArtifactError: for modules or values that a file cannot hold, and when it cannot be written.
+        LoweringError: for a model that was captured in parts, or a target that is not registered.
+    """
+    from safetensors.torch import save as encode
+
+    from fxq import __version__
+
+    if not isinstance(model, CompiledModel):
+        raise ArtifactError(f"{type(model).__name__} is no compiled model", way_out="Save what fxq.compile returned")
+    target = model.target
+    if target.name not in targets.names() or targets.get(target.name) != target:
+        raise LoweringError(f"the target {target.name!r} is not registered", way_out="Give it a name of its own and call fxq.targets.register")
+    w = graph_json.Writer()
+    kind = "trainable" if isinstance(model, TrainableModel) else "compiled"
+    head = {
+        "kind": kind, "version": VERSION, "fxq": __version__, "graph": w.graph(model.graph_module), "scheme": w.value(model.scheme, "scheme"),
+        "target": target.name, "phase": getattr(model, "phase", ""), "training": model.training, "rung": model.captured.rung,
+        "specialised": list(model.captured.specialised),
+        "history": [[s.name, s.text, s.rewrites, s.nodes, s.ms, s.moved, [[k.node, k.why] for k in s.skips]] for s in model.history],
+    }  # fmt: skip
+    return Artifact(FORMAT, encode(w.tensors, {"format": FORMAT, "model": json.dumps(head)})).save(path, force=force)
+
+
+def load(path: str | os.PathLike[str]) -> CompiledModel:
+    """Read what :func:`save` wrote: a model that runs, trains on, and lowers.
+
+    Raises:
+        ArtifactError: for a file that cannot be read, is damaged, or is none of fxq's.
+    """
+    where = os.fspath(path)
+    try:
+        return _load(Path(path))
+    except ArtifactError as e:
+        raise ArtifactError(e.fact, where=f"{where}: {e.where}" if e.where else where, way_out=e.way_out) from e
+
+
+def _load(path: Path) -> CompiledModel:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as f:
+            meta = f.metadata() or {}
+            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as e:
+        raise ArtifactError(f"cannot be read: {getattr(e, 'strerror', None) or e}", way_out="Check the path; take files from fxq.save") from e
+    if meta.get("format") != FORMAT:
+        raise ArtifactError("is no model of fxq", way_out="Take files from fxq.save")
+    try:
+        head: Any = json.loads(meta["model"])
+        if head["version"] > VERSION:
+            raise ArtifactError(f"has version {head['version']}, this fxq reads up to {VERSION}", way_out="Update fxq")
+        reader = graph_json.Reader(tensors)
+        gm = reader.graph(head["graph"])
+        scheme, target = reader.value(head["scheme"]), targets.get(head["target"])
+        history = History([Snapshot(s[0], s[1], s[2], s[3], s[4], s[5], tuple(Skip(*k) for k in s[6])) for s in head["history"]])
+        captured = Captured(gm, str(head["rung"]), tuple(head["specialised"]), nn.Module())
+        model = KINDS[head["kind"]](gm, captured, history, scheme, target)
+        if isinstance(model, TrainableModel):
+            model.phase = str(head["phase"])
+    except (KeyError, TypeError, ValueError) as e:
+        raise ArtifactError(f"its header is damaged: {type(e).__name__}: {e}", way_out="Save the model again") from e
+    return model.train(bool(head["training"]))
