@@ -76,11 +76,25 @@ def _codes(w: Writer, node: Node, path: str, scale: str, axis: dict[str, int]) -
     zero = f"{path}_zero"
     if not grid.same_grid(filed(fq.qparams)):
         scale, zero = w.grid(f"{path}/wide", grid)
+    value = _fixed(w, source)
     if top is None:
-        w.op("QuantizeLinear", [w.name(source), scale, zero], path, **axis)
+        w.op("QuantizeLinear", [value, scale, zero], path, **axis)
         return
-    w.op("QuantizeLinear", [w.name(source), scale, zero], f"{path}/wide", **axis)
+    w.op("QuantizeLinear", [value, scale, zero], f"{path}/wide", **axis)
     _clip(w, path, top)
+
+
+def _fixed(w: Writer, source: Node) -> str:
+    """The value of ``source``; of a float max pool behind a leaky ReLU of slope 1, which changes nothing.
+
+    ONNX Runtime would move the QuantizeLinear in front of the pool, whose integer kernel is 20 times slower than the float one unless an integer
+    convolution stands before it.
+    """
+    name = w.name(source)
+    if not w.target.fused or kind(w.gm, source) != "max_pool" or source.meta.get("integer") or source.meta["dtype"] != torch.float32:
+        return name
+    out = f"{w.out(source)}/float"
+    return out if any(n.output[0] == out for n in w.nodes) else w.op("LeakyRelu", [name], out, alpha=1.0)
 
 
 def _clip(w: Writer, path: str, top: int) -> None:
