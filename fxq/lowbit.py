@@ -27,7 +27,7 @@ TBN_RATIO = 0.4
 
 
 def ste_mask(x: Tensor, ste: str, sharpness: float = 1.0) -> Tensor:
-    """What the gradient of the sign is multiplied by, shape of ``x``.
+    """What the gradient of the sign is multiplied by, shape of ``x`` (``saturate``: a mask of bools).
 
     Args:
         x: float tensor.
@@ -38,7 +38,7 @@ def ste_mask(x: Tensor, ste: str, sharpness: float = 1.0) -> Tensor:
         SchemeError: for an unknown name.
     """
     if ste == "saturate":
-        return (x.abs() < 1).to(x.dtype)
+        return x.abs() < 1
     if ste == "identity":
         return torch.ones_like(x)
     if ste == "soft":
@@ -229,20 +229,21 @@ class _Clipped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, clip: Tensor, m: int, signed: bool) -> Tensor:
         step = clip / m
-        lo = -clip if signed else torch.zeros_like(clip)
-        ctx.save_for_backward(x, clip)
+        held = torch.clamp(x, -clip if signed else torch.zeros_like(clip), clip)
+        ctx.save_for_backward(held == x, held if clip.requires_grad else None, clip)
         ctx.signed = signed
-        return torch.round(torch.minimum(torch.maximum(x, lo), clip) / step) * step
+        return held.div(step).round_().mul_(step)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        x, clip = ctx.saved_tensors
+        inside, held, clip = ctx.saved_tensors
         (g,) = grads
-        lo = -clip if ctx.signed else torch.zeros_like(clip)
-        to_clip = (g * (x >= clip)).sum()
+        if held is None:
+            return g * inside, None, None, None
+        to_clip = (g * (held == clip)).sum()
         if ctx.signed:
-            to_clip = to_clip - (g * (x <= lo)).sum()
-        return g * ((x >= lo) & (x <= clip)), to_clip.reshape(clip.shape).to(clip.dtype), None, None
+            to_clip = to_clip - (g * (held == -clip)).sum()
+        return g * inside, to_clip.reshape(clip.shape).to(clip.dtype), None, None
 
 
 def clipped(x: Tensor, clip: Tensor, bits: int, signed: bool = False) -> Tensor:

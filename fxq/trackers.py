@@ -71,15 +71,15 @@ class Tracker(nn.Module):
     def _observer(self, momentum: float) -> Observer:
         return MovingAverage(self.spec, momentum)
 
-    def start(self, qparams: QParams) -> None:
-        """Begin with a calibrated range instead of the first batch's."""
+    def start(self, qparams: QParams, passing: bool = False) -> None:
+        """Begin with a calibrated range instead of the first batch's. ``passing``: only until the first batch sets its own."""
         lo, hi = qparams.range
         if self.spec.symmetric and self.spec.qmin < 0:
             lo = -hi  # the lowest code would widen the range by a step
         self.observer.lo.fill_(lo)
         self.observer.hi.fill_(hi)
         if isinstance(self.observer, MovingAverage):
-            self.observer.batches.fill_(1)
+            self.observer.batches.fill_(0 if passing else 1)
         self.observer.has_data.fill_(True)
 
     @property
@@ -163,7 +163,7 @@ class LearnedStep(_Learned):
         moves = grid.clamp is None and not self.spec.symmetric
         self.learned_offset = nn.Parameter((self.spec.qmin - qparams.zero_point) * qparams.scale) if moves else None
 
-    def start(self, qparams: QParams) -> None:
+    def start(self, qparams: QParams, passing: bool = False) -> None:
         super().start(qparams)
         with torch.no_grad():
             self.learned_step.copy_(qparams.scale)
@@ -216,7 +216,7 @@ class Clip(_Learned):
         else:
             self.register_buffer("clip", value)
 
-    def start(self, qparams: QParams) -> None:
+    def start(self, qparams: QParams, passing: bool = False) -> None:
         super().start(qparams)
         if self.step is None:
             with torch.no_grad():
@@ -271,7 +271,11 @@ class Sign(Tracker):
     def round(self, x: Tensor) -> Tensor:
         x_ = x.detach()
         mask = lowbit.ste_mask(x_, self.ste, float(self.sharpness) if self.ste == "tanh" else 1.0)
-        return lowbit.through(x, super().round(x_), mask)
+        return lowbit.through(x, self.value(x_), mask)
+
+    def value(self, x: Tensor) -> Tensor:
+        """``x`` rounded onto the grid; no gradient."""
+        return torch.where(x >= 0, self.scale, -self.scale)
 
 
 class Ternary(Sign):
@@ -280,11 +284,14 @@ class Ternary(Sign):
     def _observer(self, momentum: float) -> Observer:
         return MeanMagnitude(self.spec, momentum)
 
-    def start(self, qparams: QParams) -> None:
+    def start(self, qparams: QParams, passing: bool = False) -> None:
         assert self.step is not None and isinstance(self.observer, MeanMagnitude)
         self.observer.hi.copy_(self.step / (2 * lowbit.TBN_RATIO))
         self.observer.batches.fill_(1)
         self.observer.has_data.fill_(True)
+
+    def value(self, x: Tensor) -> Tensor:
+        return Tracker.round(self, x)
 
     def update(self) -> None:
         assert self.step is not None

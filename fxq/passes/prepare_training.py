@@ -27,7 +27,8 @@ class PrepareTraining(Pass):
     """Give each grid a tracker and each quantized layer its float weight and the batch norm that ``fold-bn`` took away.
 
     Attributes:
-        calibrated: the grids come from data and are where the trackers begin; otherwise the first training batch sets them.
+        calibrated: the grids come from data and are where the trackers begin; otherwise the first training batch sets them. With signs in the net
+            (whose float batch norms say nothing of its values) they hold until the first training batch.
     """
 
     calibrated: bool = True
@@ -46,7 +47,7 @@ class PrepareTraining(Pass):
                 qp, grid = _as_learned(old.qparams, ctx), grids(gm)[old.grid]
                 trackers[old.grid] = made = tracker(qp, grid, ctx.scheme.ste).to(old.scale.device)
                 if self.calibrated:
-                    made.start(qp)
+                    made.start(qp, passing=ctx.scheme.activations in ("sign", "ternary"))
                 elif isinstance(made, Clip):
                     made.begin_at(ctx.scheme.clip)
             sources = moved(gm, node.all_input_nodes[0])
