@@ -80,7 +80,7 @@ def compile(
     calibration: Any = None,
     example: Any = None,
     target: str | Target = "onnxruntime",
-    skip: str | Sequence[str] = (),
+    skip: str | type[nn.Module] | int | Sequence[str | type[nn.Module] | int] = (),
     observer: str | None = None,
     leaf_modules: Sequence[type[nn.Module]] = (),
     batches: int | None = None,
@@ -95,7 +95,7 @@ def compile(
         calibration: any iterable of tensors, tuples (labels behind the inputs are dropped) or dicts; read once.
         example: one batch of inputs when there is no calibration data (a tensor or a tuple).
         target: runtime to place the Q/DQ for.
-        skip: patterns (``fnmatch``) of module paths that stay float.
+        skip: what stays float: patterns (``fnmatch``) of module paths, module types, numbers of weighted layers in the order of the graph (-1 the last).
         observer: overrides the scheme's activation observer.
         leaf_modules: module types that capture keeps whole.
         batches: read at most so many calibration batches.
@@ -129,9 +129,9 @@ def compile(
     if calibration is None and example is None:
         raise CalibrationError("the shapes are not known", way_out="Pass example= with one batch of inputs, or calibration=")
     data = Batches(calibration if calibration is not None else [example], net, limit=batches)
-    skip = (skip,) if isinstance(skip, str) else tuple(skip)
+    left = tuple(skip) if isinstance(skip, Sequence) and not isinstance(skip, str) else (skip,)
     with nullcontext(progress) if callable(progress) else ProgressBar() if progress else nullcontext(no_progress) as report:
-        ctx = PassContext(sch, tgt, (), data, skip, report, train=mode == "qat")
+        ctx = PassContext(sch, tgt, (), data, left, report, train=mode == "qat")
         return _compile(net, data, ctx, observer, tuple(leaf_modules), calibration is not None)
 
 
@@ -169,7 +169,7 @@ def _compile_parts(
     sch: Scheme,
     tgt: Target,
     data: Iterable[tuple[Any, ...]],
-    skip: tuple[str, ...],
+    skip: tuple[str | type | int, ...],
     observer: str | None,
     progress: Progress,
     ms: float,
@@ -180,7 +180,7 @@ def _compile_parts(
     seen = _record_inputs(root, list(captured.parts), data) if static else {}
     model = CompiledModel(root, captured, History(), sch, tgt)
     for path, (gm, example) in captured.parts.items():
-        inner = tuple(p.removeprefix(f"{path}.") for p in skip)
+        inner = tuple(p.removeprefix(f"{path}.") if isinstance(p, str) else p for p in skip)
         history = History([take(gm, "trace", ms=ms)])
         ctx = PassContext(sch, tgt, example, seen.get(path), inner, progress)
         try:

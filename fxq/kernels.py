@@ -326,7 +326,8 @@ def is_integer(gm: GraphModule, n: Node) -> bool:
         return False
     module: Any = module_of(gm, n)
     if k in m.WEIGHTED:
-        return isinstance(module, m.Quantized) and module.dynamic is None and (module.op.bias is None or module.bias_grid is not None)
+        fits = isinstance(module, m.Quantized) and module.weight_grid.spec.bits <= 8
+        return fits and module.dynamic is None and (module.op.bias is None or module.bias_grid is not None)
     if k == "resize":
         return bool(module.mode.startswith("nearest"))
     return k != "pad" or module.mode != "constant" or module.value == 0

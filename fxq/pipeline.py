@@ -38,7 +38,7 @@ class PassContext:
         example: positional example inputs, tensors on the model's device.
         probe: inputs on which the change of the output is measured; default: ``example``.
         calibration: the user's data, already normalised to tuples of positional inputs; read once.
-        float_nodes: patterns (``fnmatch`` on module path or node name) that stay float.
+        float_nodes: what stays float: patterns (``fnmatch`` on module path or node name), module types, numbers of weighted layers.
         progress: callback for long work.
         train: the graph will be trained: passes keep what that needs.
         kept: the first calibration batches, for passes that measure after ``calibrate`` (filled by it where the scheme needs them).
@@ -49,7 +49,7 @@ class PassContext:
     target: Target
     example: tuple[Any, ...]
     calibration: Iterable[tuple[Any, ...]] | None = None
-    float_nodes: tuple[str, ...] = ()
+    float_nodes: tuple[str | type | int, ...] = ()
     progress: Progress = no_progress
     skips: list[Skip] = field(default_factory=list)
     kept: list[tuple[Any, ...]] = field(default_factory=list)

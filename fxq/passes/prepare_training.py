@@ -16,10 +16,14 @@ from fxq.graph import grids, kind, module_of, swap_module, walk
 from fxq.kernels import moved
 from fxq.modules import WEIGHTED, FakeQuantize, Quantized
 from fxq.pipeline import Pass, PassContext
+from fxq.schemes import S8N
 from fxq.spec import QParams
 from fxq.trackers import Clip, TrackedFakeQuantize, Tracker, tracker
 from fxq.training import FloatLayer, TrainedLayer
 from fxq.training_lowbit import EstimatedLayer, is_binary
+
+INT8_MAX = S8N.qmax
+NO_KERNEL = "the codes of 8-bit DoReFa weights are the odd numbers to 255, which no integer kernel takes: between its Q/DQ it runs in float (7 bits and iao_w8a8 run in integers)"
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,10 @@ class PrepareTraining(Pass):
             readers = [module_of(gm, u) if kind(gm, u) == "fake_quantize" else None for u in node.users]
             signs = bool(readers) and all(isinstance(r, FakeQuantize) and is_binary(r) for r in readers)
             weight: Any = op.weight
-            return EstimatedLayer(op, bn, estimator(scheme, kind(gm, node), weight), source, str(node.target), signs)
+            found = estimator(scheme, kind(gm, node), weight)
+            if found.top > INT8_MAX and source is not None:
+                node.meta["float_why"] = NO_KERNEL
+            return EstimatedLayer(op, bn, found, source, str(node.target), signs)
         return TrainedLayer(op, bn, old.weight_grid.qparams, ctx.scheme.weight_observer, source, str(node.target))
 
     def _unfolded(self, gm: GraphModule, node: Node, old: nn.Module, ctx: PassContext) -> tuple[nn.Module, nn.Module | None]:
