@@ -56,11 +56,12 @@ def _symmetric(ctx: PassContext) -> bool:
 
 
 def _depthwise(kernel: tuple[int, ...], weight: Tensor, bias: Tensor | None, dtype: torch.dtype, **how: Any) -> nn.Module:
-    """Depthwise conv with constant weights: ``weight`` ``[C]`` over every tap of ``kernel``, ``bias`` ``[C]``."""
+    """Depthwise conv with constant weights: ``weight`` ``[C]`` over every tap of ``kernel``, ``bias`` ``[C]``; ``stands_in``: no layer of the model."""
     c = weight.numel()
     table = CHANNEL_AFFINE if set(kernel) == {1} and not how else CONV
     conv: Any = table[len(kernel) - 1](c, c, kernel, groups=c, bias=bias is not None, **how)
     conv.weight = nn.Parameter(weight.reshape(c, 1, *([1] * len(kernel))).expand(c, 1, *kernel).contiguous().to(dtype))
+    conv.stands_in = True
     if bias is not None:
         conv.bias = nn.Parameter(bias.to(dtype))
     return conv  # type: ignore[no-any-return]
@@ -135,7 +136,7 @@ def avg_pool(gm: GraphModule, ctx: PassContext) -> int:
         else:
             size = pool_divisor(pool) or torch.Size(kernel).numel()
             weight = torch.full((shape(x)[1],), 1.0 / size, dtype=torch.float64, device=_device(gm))
-            swap_module(gm, node, _depthwise(kernel, weight, None, node.meta["dtype"], stride=stride, padding=pads))
+            swap_module(gm, node, _depthwise(kernel, weight, None, node.meta["dtype"], stride=stride, padding=pads).requires_grad_(False))
             done += 1
     return done
 

@@ -30,8 +30,10 @@ class Plan:
         self.kinds = {n: kind(gm, n) for n in gm.graph.nodes}
         self.changed = 0
         self._matched: set[Any] = set()
-        self.layers = [n for n, k in self.kinds.items() if k in WEIGHTED]
-        self.roles = roles(gm, self.kinds) if ctx.scheme.float_layers or ctx.scheme.int8_layers else {}
+        weighted = [n for n, k in self.kinds.items() if k in WEIGHTED]
+        self.stand_ins = {n for n in weighted if getattr(module_of(gm, n), "stands_in", False)}
+        self.layers = [n for n in weighted if n not in self.stand_ins]
+        self.roles = roles(self.kinds, self.layers) if ctx.scheme.float_layers or ctx.scheme.int8_layers else {}
 
     def weights_only(self) -> None:
         """The schemes without calibrated activation grids: float, dynamic, weight-only."""
@@ -93,7 +95,10 @@ class Plan:
         return any(fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(name, pattern + ".*") for name in names)
 
     def mark_int8_layers(self) -> None:
-        """Layers that a low-bit scheme keeps in 8 bits read and hold 8-bit codes."""
+        """Layers that a low-bit scheme keeps in 8 bits read and hold 8-bit codes; so does what only stands in for another operation."""
+        for node in self.stand_ins if self.ctx.scheme.stream is not None else ():
+            if node.meta.get("integer"):
+                node.meta["int8_layer"], node.meta["weight_spec"] = True, str(S8N)
         for node, roles_ in self.roles.items():
             wanted = [r for r in self.ctx.scheme.int8_layers if r in roles_ and r != "last_input"]
             if node.meta.get("integer") and wanted:
@@ -106,10 +111,9 @@ class Plan:
                 self.ctx.skip(str(pattern), "this pattern of skip= matches no layer")
 
 
-def roles(gm: GraphModule, kinds: dict[Node, str]) -> dict[Node, set[str]]:
-    """Roles of the weighted layers: ``first`` (no layer before it), ``last`` (no layer behind it), ``shortcut`` (a layer alone on its branch of a
+def roles(kinds: dict[Node, str], layers: list[Node]) -> dict[Node, set[str]]:
+    """Roles of the model's layers: ``first`` (no layer before it), ``last`` (no layer behind it), ``shortcut`` (a layer alone on its branch of a
     residual sum, whose other branch starts at the same value and has more layers)."""
-    layers = [n for n, k in kinds.items() if k in WEIGHTED]
     before: dict[Node, int] = {}
     for n in kinds:
         before[n] = max((before[i] + (i in layers) for i in data_inputs(n)), default=0)

@@ -15,11 +15,12 @@ from fxq.graph import finish, grids, module_of, swap_module, walk
 from fxq.lowering import Artifact
 from fxq.modules import WEIGHTED
 from fxq.snapshot import History, take
-from fxq.trackers import TrackedFakeQuantize
-from fxq.training import FloatLayer, TrainedLayer, unsigned_where
+from fxq.trackers import Sign, TrackedFakeQuantize
+from fxq.training import FloatLayer, FloatNorm, Normed, TrainedLayer, unsigned_where
 from fxq.training_lowbit import EstimatedLayer
 
 QAT, QAFT = "qat", "qaft"
+LAYERS = (TrainedLayer, EstimatedLayer, FloatLayer, FloatNorm)
 
 
 class TrainableModel(CompiledModel):
@@ -30,6 +31,17 @@ class TrainableModel(CompiledModel):
     """
 
     phase: str = QAT
+
+    @property
+    def sync_batch_norm(self) -> bool:
+        """In training on several processes batch norms take the statistics of all of them (the default); ``False``: each process its own, as in plain DDP."""
+        return all(m.together for m in self.modules() if isinstance(m, Normed))
+
+    @sync_batch_norm.setter
+    def sync_batch_norm(self, together: bool) -> None:
+        for m in self.modules():
+            if isinstance(m, Normed):
+                m.together = together
 
     def freeze(self) -> TrainableModel:
         """Fix all grids and batch norm statistics: from now on training and eval mode compute the same, bit for bit, which is what is deployed.
@@ -44,7 +56,7 @@ class TrainableModel(CompiledModel):
             if isinstance(m, TrackedFakeQuantize):
                 m.tracker.freeze()
         for m in list(self.modules()):
-            if isinstance(m, (TrainedLayer, EstimatedLayer, FloatLayer)):
+            if isinstance(m, LAYERS):
                 m.freeze()
             elif isinstance(m, nn.modules.batchnorm._BatchNorm):
                 m.eval()
@@ -60,6 +72,20 @@ class TrainableModel(CompiledModel):
                     m.eval()
         return self
 
+    def anneal(self, sharpness: float) -> None:
+        """Make the gradient of the signs (``ste="tanh"``) steeper: ``k (1 - tanh(k x)^2)``; from 1 upwards in the course of training.
+
+        Raises:
+            FxqError: when it is not positive, or no sign has that gradient.
+        """
+        signs = [m.tracker for m in self.modules() if isinstance(m, TrackedFakeQuantize) and isinstance(m.tracker, Sign) and m.tracker.ste == "tanh"]
+        if not sharpness > 0:
+            raise FxqError(f"sharpness {sharpness} is not positive", way_out="Begin at 1 and let it grow")
+        if not signs:
+            raise FxqError("no sign of this model has the gradient 'tanh'", way_out="Compile with dataclasses.replace(scheme, ste='tanh')")
+        for sign in signs:
+            sign.sharpness.fill_(sharpness)
+
     def convert(self) -> CompiledModel:
         """The deployed model: a copy on integer grids, to verify and to lower. This one stays as it is.
 
@@ -71,9 +97,9 @@ class TrainableModel(CompiledModel):
         for m in gm.modules():
             if isinstance(m, TrackedFakeQuantize):
                 m.tracker.settle()
-        for node, _ in walk(gm, *WEIGHTED):
+        for node, _ in walk(gm, *WEIGHTED, "batch_norm"):
             layer = module_of(gm, node)
-            if isinstance(layer, (TrainedLayer, EstimatedLayer, FloatLayer)):
+            if isinstance(layer, LAYERS):
                 swap_module(gm, node, layer.converted())
         for node, _ in walk(gm, "fake_quantize"):
             fq = module_of(gm, node)
@@ -120,5 +146,5 @@ class TrainableModel(CompiledModel):
         for m in self.modules():
             if isinstance(m, TrackedFakeQuantize):
                 m.tracker.frozen = m.tracker.fixed or self.phase == QAFT
-            elif isinstance(m, (TrainedLayer, EstimatedLayer, FloatLayer, Estimator)):
+            elif isinstance(m, (*LAYERS, Estimator)):
                 m.frozen = self.phase == QAFT

@@ -53,7 +53,24 @@ def weighted(w: Writer, node: Node, module: nn.Module) -> str:
             return _product(w, node, module)
         return _layer(w, node, module.op, _weight(w, node, module), _bias(w, node, module))
     op: Any = module
-    return _layer(w, node, op, w.const(f"{w.out(node)}/weight", op.weight), _float_bias(w, node, op))
+    y = _layer(w, node, op, w.const(f"{w.out(node)}/weight", op.weight), _float_bias(w, node, op))
+    return _kept_float(w, node, y) if w.target.fused and kind(w.gm, node.all_input_nodes[0]) == "fake_quantize" else y
+
+
+def _kept_float(w: Writer, node: Node, y: str) -> str:
+    """A float layer between DequantizeLinear and QuantizeLinear: ONNX Runtime (1.31, WeightBiasQuantization) would quantize its weight unasked.
+
+    ``max(y, lowest float)`` is ``y``; no optimizer takes it out.
+    """
+    seen, readers = set(), list(node.users)
+    while readers:
+        reader = readers.pop()
+        if kind(w.gm, reader) == "fake_quantize":
+            return w.op("Max", [y, w.const("lowest_float", torch.tensor(torch.finfo(torch.float32).min))], f"{w.out(node)}/float")
+        if kind(w.gm, reader) in ("relu", "clamp", "leaky_relu") and reader not in seen:
+            seen.add(reader)
+            readers += reader.users
+    return y
 
 
 def _layer(w: Writer, node: Node, op: Any, weight: str, bias: list[str]) -> str:

@@ -107,13 +107,13 @@ class OutputsPlan(Plan):
         return all(self.free[i] for i in data_inputs(node))
 
     def _follows_float_layer(self, node: Node) -> bool:
-        """A layer that the scheme keeps float, or a pointwise operation or max pool on its output: float itself, but what it gives is worth a grid.
+        """A first layer that the scheme keeps float, or a pointwise operation or max pool on its output: float itself, but what it gives is worth a grid.
 
         (On codes in the layout of a float convolution ONNX Runtime pools 50 times slower than behind an integer one.)
         """
         if self.ctx.scheme.stream is None:
             return False
-        if node in self.roles and set(self.roles[node]) & set(self.ctx.scheme.float_layers):
+        if "first" in self.roles.get(node, ()) and "first" in self.ctx.scheme.float_layers:
             return self.kinds[node] == "conv" or len(shape(node)) == 2
         return self.kinds[node] in (*POINTWISE, "max_pool") and bool(data_inputs(node)) and all(i in self.behind_float for i in data_inputs(node))
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
+from torch.utils._pytree import tree_map
 
-from fxq import numerics
+from fxq import distributed, numerics
 from fxq.errors import CalibrationError
 from fxq.graph import Grid, data_inputs, grids, kind, module_of, walk
 from fxq.lowbit import TBN_RATIO
@@ -71,6 +74,9 @@ class Calibrate(Pass):
     nothing new and is not observed; a constant is observed once. A grid that absorbed a clamp starts at exactly the clamp's lower end
     and ends at or below its upper end.
 
+    Of several processes (:mod:`fxq.distributed`) each observes its own data, however many batches that is; then their observers are merged, so that all
+    of them find the same grids.
+
     Attributes:
         observer: overrides the scheme's activation observer.
         keep: a scheme with bias correction or weight rounding keeps the first batches in ``ctx.kept``, while they hold at most
@@ -95,7 +101,8 @@ class Calibrate(Pass):
             if second is not None and table[second].qparams is None:
                 members[second].append(data_inputs(node)[0])
         if not members:
-            return 0
+            with _on_all({}, ctx):
+                return 0
         if ctx.calibration is None:
             raise CalibrationError("there is no calibration data", where=self.name, way_out="Pass calibration= (a few hundred samples)")
         made = {name: self._observer(table[name], ctx).to(_device(ctx)) for name in members}
@@ -104,7 +111,8 @@ class Calibrate(Pass):
             for node in dict.fromkeys(nodes):
                 if node.meta.get("grid") != name or not _moves(gm, node, ctx.target):
                     watch.setdefault(node, []).append(made[name])
-        self._observe(gm, ctx, watch)
+        with _on_all(made, ctx):
+            self._observe(gm, ctx, watch)
         for name, observer in made.items():
             table[name] = _with_qparams(name, table[name], observer, ctx)
         return len(made)
@@ -132,6 +140,37 @@ class Calibrate(Pass):
                     room = 0
                 runner.batch += 1
                 ctx.progress(self.name, runner.batch, total)
+
+
+@contextmanager
+def _on_all(made: dict[str, Observer], ctx: PassContext) -> Iterator[None]:
+    """Merge what all processes observed inside, in the order of their ranks; an error of one stops all."""
+    if distributed.world() == 1:
+        yield
+        return
+    try:
+        yield
+    except Exception as e:
+        distributed.report(e)
+        raise
+    states = {name: {k: v.cpu() for k, v in observer.state_dict().items()} for name, observer in made.items()}
+    every = distributed.gather((states, _moved(ctx.kept, "cpu")))
+    for rank, (other, _) in enumerate(every):
+        if list(other) != list(states):
+            way_out = "Compile the same model in all of them; what one does by itself goes into fxq.distributed.alone()"
+            raise CalibrationError(f"the process of rank {rank} calibrates another model", where=Calibrate.name, way_out=way_out)
+    for name, observer in made.items():
+        first, *rest = (copy.deepcopy(observer) for _ in every)
+        for one, (other, _) in zip((first, *rest), every, strict=True):
+            one.load_state_dict(other[name])
+        for one in rest:
+            first.merge(one)
+        observer.load_state_dict(first.state_dict())
+    ctx.kept[:] = [batch for _, kept in every for batch in _moved(kept, _device(ctx))]
+
+
+def _moved(batches: list[tuple[Any, ...]], device: torch.device | str) -> list[tuple[Any, ...]]:
+    return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batches)  # type: ignore[no-any-return]
 
 
 def _in_place(gm: GraphModule, node: Node) -> Callable[..., Any] | None:

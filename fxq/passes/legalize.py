@@ -31,6 +31,9 @@ ALWAYS = ("tidy", "merge-pad")
 MIXES = ("shuffle",)
 """Forms that rewrite the weights of layers whose batch norm was folded: not for a graph that will be trained."""
 
+FIXES = ("batch-norm",)
+"""Forms that fix what low-bit nets cannot do without in training: their batch norms."""
+
 
 @dataclass(frozen=True)
 class Legalize(Pass):
@@ -51,5 +54,6 @@ class Legalize(Pass):
             if name not in FORMS:
                 fact = f"target {ctx.target.name!r} names the unknown form {name!r}"
                 raise PassError(fact, where=self.name, way_out=nearest(name, FORMS))
-        wanted = [f for f in ctx.target.forms if (ctx.scheme.method == "static" or f in ALWAYS) and not (ctx.train and f in MIXES)]
+        left = (*MIXES, *FIXES) if ctx.scheme.trains else MIXES
+        wanted = [f for f in ctx.target.forms if (ctx.scheme.method == "static" or f in ALWAYS) and not (ctx.train and f in left)]
         return sum(FORMS[f](gm, ctx) for f in wanted)

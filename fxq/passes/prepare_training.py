@@ -19,11 +19,11 @@ from fxq.pipeline import Pass, PassContext
 from fxq.schemes import S8N
 from fxq.spec import QParams
 from fxq.trackers import Clip, TrackedFakeQuantize, Tracker, tracker
-from fxq.training import FloatLayer, TrainedLayer
+from fxq.training import FloatLayer, FloatNorm, TrainedLayer
 from fxq.training_lowbit import EstimatedLayer, is_binary
 
 INT8_MAX = S8N.qmax
-NO_KERNEL = "the codes of 8-bit DoReFa weights are the odd numbers to 255, which no integer kernel takes: between its Q/DQ it runs in float (7 bits and iao_w8a8 run in integers)"
+NO_KERNEL = "8-bit DoReFa weights have odd codes to 255, which no integer kernel takes: it runs in float between its Q/DQ (7 bits run in integers)"
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,9 @@ class PrepareTraining(Pass):
             moves = bool(sources) and all(s.meta["grid"] == old.grid for s in sources)
             padded = is_binary(old) and kind(gm, node.all_input_nodes[0]) == "pad"  # the sign of 0 is 1
             swap_module(gm, node, TrackedFakeQuantize(trackers[old.grid], old.grid, first, moves and not padded))
+            changed += 1
+        for node, _ in walk(gm, "batch_norm"):
+            swap_module(gm, node, FloatNorm(module_of(gm, node)))
             changed += 1
         for node, _ in walk(gm, *WEIGHTED):
             layer = module_of(gm, node)
