@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from fxq import admission, schemes, targets
+from fxq import admission, distributed, schemes, targets
 from fxq.calibration import Batches
 from fxq.compiled import BACKENDS, CompiledModel, FloatOp, backend
 from fxq.errors import CalibrationError, FxqError, SchemeError, TraceError, nearest
@@ -128,11 +128,13 @@ def compile(
         )
     if calibration is None and example is None:
         raise CalibrationError("the shapes are not known", way_out="Pass example= with one batch of inputs, or calibration=")
-    data = Batches(calibration if calibration is not None else [example], net, limit=batches)
-    left = tuple(skip) if isinstance(skip, Sequence) and not isinstance(skip, str) else (skip,)
-    with nullcontext(progress) if callable(progress) else ProgressBar() if progress else nullcontext(no_progress) as report:
-        ctx = PassContext(sch, tgt, (), data, left, report, train=mode == "qat")
-        return _compile(net, data, ctx, observer, tuple(leaf_modules), calibration is not None)
+    with distributed.meeting():
+        spare = example if distributed.world() > 1 else None
+        data = Batches(calibration if calibration is not None else [example], net, limit=batches, spare=spare)
+        left = tuple(skip) if isinstance(skip, Sequence) and not isinstance(skip, str) else (skip,)
+        with nullcontext(progress) if callable(progress) else ProgressBar() if progress else nullcontext(no_progress) as report:
+            ctx = PassContext(sch, tgt, (), data, left, report, train=mode == "qat")
+            return _compile(net, data, ctx, observer, tuple(leaf_modules), calibration is not None)
 
 
 def _compile(

@@ -26,12 +26,13 @@ class Batches:
         model: tells the parameters of ``forward``, the device and the number of inputs.
         limit: at most so many batches.
         what: the data's name in messages.
+        spare: an ``example`` for data without a batch (which one process of several may have).
 
     Raises:
         CalibrationError: no data, ragged batches, NaN or infinity, missing inputs.
     """
 
-    def __init__(self, data: Any, model: nn.Module, limit: int | None = None, what: str = "calibration data") -> None:
+    def __init__(self, data: Any, model: nn.Module, limit: int | None = None, what: str = "calibration data", spare: Any = None) -> None:
         if isinstance(data, (str, bytes, os.PathLike, Mapping)):
             way_out = "Put it into a list: [data]" if isinstance(data, Mapping) else "Pass tensors or a DataLoader (fxq-lower reads folders)"
             raise CalibrationError(f"{what} of type {type(data).__name__} gives no batches", way_out=way_out)
@@ -57,7 +58,10 @@ class Batches:
         try:
             first = next(source)
         except StopIteration:
-            raise CalibrationError(f"the {what} is empty", way_out="Check the loader's data set and sampler") from None
+            if spare is None:
+                raise CalibrationError(f"the {what} is empty", way_out="Check the loader's data set and sampler") from None
+            self.example, self._rest = self._inputs(spare, 0), chain([], source)
+            return
         self.example = self._inputs(first, 0)
         self._rest = chain([first], source)
 

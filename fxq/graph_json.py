@@ -29,7 +29,7 @@ CLASSES = {
     "fxq.observers": ("Observer", "MovingAverage"),
     "fxq.trackers": ("MeanMagnitude", "Tracker", "LearnedStep", "Clip", "Sign", "Ternary", "TrackedFakeQuantize"),
     "fxq.estimators": ("SignEstimator", "TernaryEstimator", "DoReFaEstimator", "StepEstimator", "RangeEstimator"),
-    "fxq.training": ("TrainedLayer", "FloatLayer"),
+    "fxq.training": ("TrainedLayer", "FloatLayer", "FloatNorm"),
     "fxq.training_lowbit": ("EstimatedLayer",),
 }  # fmt: skip
 """Classes of fxq that a file may hold."""

@@ -269,25 +269,27 @@ class _LearnedStep(torch.autograd.Function):
     """LSQ, equations 1 to 3."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, zero: Tensor, qmin: int, qmax: int, factor: float, axis: int | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, step: Tensor, zero: Tensor, qmin: int, qmax: int, factor: Tensor, axis: int | None) -> Tensor:
         s, z = numerics.along(step, axis, x.ndim), numerics.along(zero, axis, x.ndim)
         v = x / s
         r = torch.round(v)
         codes = (r + z).clamp(qmin, qmax)
-        ctx.save_for_backward(v, codes - z, (v + z <= qmin) | (v + z >= qmax), codes == r + z)
-        ctx.factor, ctx.axis = factor, axis
+        ctx.save_for_backward(v, codes - z, (v + z <= qmin) | (v + z >= qmax), codes == r + z, factor)
+        ctx.axis = axis
         return (codes - z) * s
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        v, q, outside, inside = ctx.saved_tensors
+        v, q, outside, inside, factor = ctx.saved_tensors
         (g,) = grads
         ds = torch.where(outside, q, q - v) * g
         dims = _rows(v, ctx.axis)
-        return g * inside, ds.sum(dims) * ctx.factor if dims else ds * ctx.factor, None, None, None, None, None
+        return g * inside, (ds.sum(dims) if dims else ds) * factor, None, None, None, None, None
 
 
-def learned_step(x: Tensor, step: Tensor, qmin: int, qmax: int, zero: Tensor | None = None, axis: int | None = None, factor: float | None = None) -> Tensor:
+def learned_step(
+    x: Tensor, step: Tensor, qmin: int, qmax: int, zero: Tensor | None = None, axis: int | None = None, factor: float | None = None, processes: int = 1
+) -> Tensor:
     """Rounding with a step size that gets a gradient (LSQ).
 
     ``ds = rne(v) - v`` inside, the code outside (a value at a bound counts as outside), ``v = x / s``; times ``1 / sqrt(N qmax)``.
@@ -297,28 +299,32 @@ def learned_step(x: Tensor, step: Tensor, qmin: int, qmax: int, zero: Tensor | N
         step: float, > 0: rank 0, or one for each index of ``axis``.
         zero: zero point, shape of ``step``; no gradient (see :func:`learned_offset`).
         factor: what the gradient of ``step`` is multiplied by; default ``1 / sqrt(N (qmax - zero))``, ``N`` elements for each step.
+        processes: so many see a batch like ``x`` each, and average their gradients: ``N`` counts all of them.
     """
     z = torch.zeros_like(step.detach()) if zero is None else zero.to(step.dtype)
     if factor is None:
-        top = max(1.0, float(qmax - z.max()) if zero is not None else float(qmax))
-        factor = 1 / math.sqrt(max(1, x.numel() // max(1, step.numel())) * top)
-    out: Tensor = _LearnedStep.apply(x, step, z, qmin, qmax, factor, axis)
+        count = max(1, x.numel() // max(1, step.numel())) * processes
+        scale = torch.rsqrt((qmax - z.max()).clamp(min=1) * count)
+    else:
+        scale = step.new_full((), factor)
+    out: Tensor = _LearnedStep.apply(x, step, z, qmin, qmax, scale.detach(), axis)
     return out
 
 
-def learned_offset(x: Tensor, step: Tensor, offset: Tensor, qmin: int, qmax: int) -> Tensor:
+def learned_offset(x: Tensor, step: Tensor, offset: Tensor, qmin: int, qmax: int, processes: int = 1) -> Tensor:
     """LSQ+ (Bhalgat et al. 2020, arXiv 2004.09576): step and offset are learned; ``x`` is shifted by ``offset`` and back.
 
     The zero point is ``rne(qmin - offset / step)``, as exported; the gradient of ``offset`` is that of its shift: 1 outside, 0 inside.
 
     Args:
         step, offset: rank 0; ``offset`` is the real value of the least code, at most 0.
+        processes: as for :func:`learned_step`.
     """
     zero = torch.round(qmin - offset.detach() / step.detach()).clamp(qmin, qmax)
-    y = learned_step(x, step, qmin, qmax, zero)
+    y = learned_step(x, step, qmin, qmax, zero, processes=processes)
     codes = torch.round(x.detach() / step.detach()) + zero
     outside = ((codes < qmin) | (codes > qmax)).to(x.dtype)
-    factor = 1 / math.sqrt(max(1, x.numel()) * max(1, qmax - qmin))
+    factor = torch.rsqrt(torch.full_like(offset.detach(), max(1, qmax - qmin)) * (max(1, x.numel()) * processes))
     shift = (offset - offset.detach()) * factor
     return y + outside * shift
 

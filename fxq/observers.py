@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from fxq import numerics
+from fxq import distributed, numerics
 from fxq.errors import CalibrationError, SchemeError, nearest
 from fxq.spec import QuantSpec
 
@@ -33,6 +33,7 @@ class Observer(nn.Module):
         lo, hi: exact extremes so far, float32, rank 0.
         has_data: bool, rank 0.
         frozen: when True, :meth:`observe` changes nothing.
+        together: each tensor counts as one with those that the other processes observe in this call (see :mod:`fxq.distributed`).
 
     Raises:
         SchemeError: for a per-channel grid; :func:`weight_range` serves those.
@@ -46,7 +47,7 @@ class Observer(nn.Module):
         super().__init__()
         if spec.axis is not None:
             raise SchemeError(f"an observer finds one range, the grid {spec} has one for each channel", way_out="Use a /pt grid")
-        self.spec, self.frozen = spec, False
+        self.spec, self.frozen, self.together = spec, False, False
         self.register_buffer("lo", torch.zeros(()))
         self.register_buffer("hi", torch.zeros(()))
         self.register_buffer("has_data", torch.zeros((), dtype=torch.bool))
@@ -59,14 +60,21 @@ class Observer(nn.Module):
             part: it belongs to the same batch as the tensor before it (values that share one grid).
 
         Raises:
-            CalibrationError: when it holds NaN or infinity; the state is then unchanged.
+            CalibrationError: when it holds NaN or infinity, in all processes that observe together; the state is then unchanged.
         """
-        if self.frozen or x.numel() == 0:
+        if self.frozen or (x.numel() == 0 and not self.together):
             return
         x = _in_memory_order(x.detach().to(torch.float32))
-        lo, hi = torch.aminmax(x)
-        if not math.isfinite(float(hi) - float(lo)):
-            raise CalibrationError("the value holds NaN or infinity", way_out="Look at the inputs and at the layer before it")
+        lo, hi = torch.aminmax(x) if x.numel() else (x.new_full((), math.inf), x.new_full((), -math.inf))
+        own = hi - lo
+        if self.together:
+            lo, hi = distributed.extremes(lo, hi)
+        low, high = float(lo), float(hi)
+        if (low, high) == (math.inf, -math.inf):
+            return
+        if not math.isfinite(high - low):
+            place = " in another process" if distributed.world() > 1 and math.isfinite(float(own)) else ""
+            raise CalibrationError(f"the value holds NaN or infinity{place}", way_out="Look at the inputs and at the layer before it")
         self._take(x, lo, hi, part)
         self.has_data.fill_(True)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxq import lowbit, numerics
+from fxq import distributed, lowbit, numerics
 from fxq.errors import CalibrationError
 from fxq.graph import Grid
 from fxq.modules import FakeQuantize
@@ -34,7 +34,7 @@ class MeanMagnitude(Observer):
     def _take(self, x: Tensor, lo: Tensor, hi: Tensor, part: bool) -> None:
         self.batches += 1
         m = 1.0 if int(self.batches) == 1 else self.momentum
-        self.hi.copy_((1 - m) * self.hi + m * x.abs().mean())
+        self.hi.copy_((1 - m) * self.hi + m * (distributed.mean(x.abs()) if self.together else x.abs().mean()))
 
     def _join(self, other: Observer) -> None:
         assert isinstance(other, MeanMagnitude)
@@ -67,6 +67,7 @@ class Tracker(nn.Module):
         self.register_buffer("zero_point", qparams.zero_point.clone())
         self.register_buffer("step", None if grid.step is None else grid.step.clone())
         self.observer = self._observer(momentum)
+        self.observer.together = True
 
     def _observer(self, momentum: float) -> Observer:
         return MovingAverage(self.spec, momentum)
@@ -172,7 +173,8 @@ class LearnedStep(_Learned):
 
     def first(self, x: Tensor) -> None:
         if self.learned_offset is None and (self.spec.symmetric or self.clamp is not None):
-            self.observer.hi.copy_(lowbit.lsq_start(x if self.clamp is None else x.clamp(*self.clamp), self.spec.qmax) * self.spec.qmax)
+            size = distributed.mean((x if self.clamp is None else x.clamp(*self.clamp)).abs())
+            self.observer.hi.copy_(lowbit.lsq_start(size, self.spec.qmax) * self.spec.qmax)
             self.observer.lo.fill_(0)
         super().first(x)
 
@@ -195,8 +197,8 @@ class LearnedStep(_Learned):
         if self.frozen:
             return super().round(x)
         if self.learned_offset is not None:
-            return lowbit.learned_offset(x, self.size(), self.learned_offset, self.spec.qmin, self.spec.qmax)
-        return lowbit.learned_step(x, self.size(), self.spec.qmin, self.spec.qmax, self.zero_point)
+            return lowbit.learned_offset(x, self.size(), self.learned_offset, self.spec.qmin, self.spec.qmax, distributed.world())
+        return lowbit.learned_step(x, self.size(), self.spec.qmin, self.spec.qmax, self.zero_point, processes=distributed.world())
 
 
 class Clip(_Learned):

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxq import numerics
+from fxq import distributed, numerics
 from fxq.errors import CalibrationError
 from fxq.folding import fold_back
 from fxq.modules import FakeQuantize, Quantized, Wrapper, call_with
@@ -23,13 +24,68 @@ LEAST_FACTOR = 1e-12
 """A fold factor ``gamma / sigma`` below it is taken as 1 in training: its channel gives ``beta`` whatever its weight is."""
 
 
-class FloatLayer(Wrapper):
-    """A conv, transposed conv or linear layer that stays float, with the batch norm that was folded into it, in training.
-
-    While the batch norm trains it computes ``BN(op(x))``; in eval mode, or frozen, the folded layer.
+class Normed(nn.Module):
+    """Base of the layers in training that hold a batch norm.
 
     Attributes:
-        op: the float layer; ``bn``: its batch norm, or ``None``; ``frozen``: its statistics are fixed.
+        bn: the batch norm, or ``None``.
+        frozen: nothing but parameters changes any more.
+        held: the statistics of the batch norm stay, and training uses them.
+        together: batch statistics are those of all processes (:func:`fxq.distributed.batch_norm`).
+    """
+
+    bn: nn.Module | None
+    frozen: bool = False
+    held: bool = False
+    together: bool = True
+
+    @property
+    def by_batch(self) -> bool:
+        """The batch norm takes the statistics of the batch."""
+        return self.bn is not None and self.training and not self.frozen and not self.held
+
+    def normed(self, x: Tensor) -> Tensor:
+        """``bn(x)``, by the statistics of the batch or by those that stay."""
+        bn: Any = self.bn
+        if self.by_batch or bn.running_mean is None:
+            return distributed.batch_norm(bn, x, self.together)
+        return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps)
+
+
+class FloatNorm(Normed, Wrapper):
+    """A batch norm that no layer took in, in training.
+
+    Attributes:
+        op: the batch norm.
+    """
+
+    def __init__(self, op: nn.Module) -> None:
+        super().__init__()
+        self.op = op
+
+    @property
+    def bn(self) -> nn.Module:  # type: ignore[override]
+        return self.op
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.normed(x)
+
+    def freeze(self) -> None:
+        """Fix the statistics."""
+        self.frozen = True
+
+    def converted(self) -> nn.Module:
+        """The deployed batch norm."""
+        return self.op
+
+
+class FloatLayer(Normed, Wrapper):
+    """A conv, transposed conv or linear layer that stays float, with the batch norm that was folded into it, in training.
+
+    While the batch norm trains it computes ``BN(op(x))``; in eval mode, or once its statistics are fixed, the folded layer.
+
+    Attributes:
+        op: the float layer.
     """
 
     def __init__(self, op: nn.Module, bn: nn.Module | None) -> None:
@@ -37,8 +93,8 @@ class FloatLayer(Wrapper):
         self.op, self.bn, self.frozen = op, bn, False
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.bn is not None and self.training and not self.frozen:
-            return torch.as_tensor(self.bn(self.op(x)))
+        if self.by_batch:
+            return self.normed(torch.as_tensor(self.op(x)))
         return call_with(self.op, x, *deployed(self.op, self.bn))
 
     def freeze(self) -> None:
@@ -79,15 +135,15 @@ def deployed(op: Any, bn: Any) -> tuple[Tensor, Tensor | None]:
     return weight, bias.to(op.weight.dtype)
 
 
-class TrainedLayer(Quantized):
+class TrainedLayer(Normed, Quantized):
     """A conv, transposed conv or linear layer in training, with the batch norm behind it.
 
     While ``bn`` trains, one convolution runs: ``BN(conv(x, Q(W f)) / f + b)`` with the fold factor ``f = gamma / sigma`` of the running
     statistics (no gradient through ``f``, on which the result does not depend but for the rounding). It equals conv and BN when nothing is rounded.
-    In eval mode, or frozen, it computes what is deployed: ``conv(x, Q(W f)) + Q(beta + (b - mu) f)``.
+    In eval mode, or once its statistics are fixed, it computes what is deployed: ``conv(x, Q(W f)) + Q(beta + (b - mu) f)``.
 
     Attributes:
-        op: the float layer, its parameters train; ``bn``: its batch norm, or ``None``.
+        op: the float layer, its parameters train.
         weight_spec, observer: codes of the weight, and how its range is found: anew from the current weight in each forward.
         source: tracker of the input's grid, for the int32 bias; ``None`` for a float bias.
         path: of the layer in the model, for errors.
@@ -118,7 +174,7 @@ class TrainedLayer(Quantized):
 
     def forward(self, x: Tensor) -> Tensor:
         op: Any = self.op
-        if self.bn is not None and self.training and not self.frozen:
+        if self.by_batch:
             fold = folded(self.bn)
             assert fold is not None
             factor = fold[0].detach().to(x.dtype)
@@ -128,7 +184,7 @@ class TrainedLayer(Quantized):
             y = call_with(op, x, numerics.fake_quantize(weight, qp), None)
             shape = [1, -1, *([1] * (y.ndim - 2))] if not isinstance(op, nn.Linear) else [-1]
             y = y / factor.reshape(shape)
-            return torch.as_tensor(self.bn(y if op.bias is None else y + op.bias.reshape(shape)))
+            return self.normed(y if op.bias is None else y + op.bias.reshape(shape))
         weight, bias = deployed(self.op, self.bn)
         qp, bias_qp = self.grids(weight, bias)
         if bias is not None and bias_qp is not None:

@@ -17,7 +17,7 @@ from fxq.estimators import Estimator
 from fxq.modules import FakeQuantize, Quantized, call_with
 from fxq.spec import QParams, QuantSpec
 from fxq.trackers import Tracker
-from fxq.training import along_weight, folded
+from fxq.training import Normed, along_weight, folded
 
 FINEST = 64
 """Codes are multiplied by the greatest power of two that keeps them at or below it: the int32 bias, whose step is the product of both scales, gets that
@@ -26,15 +26,16 @@ WIDE = 9
 """Bits of the codes of DoReFa's 8-bit weights, odd numbers to 255."""
 
 
-class EstimatedLayer(Quantized):
+class EstimatedLayer(Normed, Quantized):
     """A conv, transposed conv or linear layer whose weight is ``codes * scale`` by an estimator, with the batch norm behind it, in training.
 
-    While ``bn`` trains it computes ``BN(conv(x, values(W)) + b)``. In eval mode, or frozen, it computes what is deployed:
+    While ``bn`` trains it computes ``BN(conv(x, values(W)) + b)``, by the statistics of the batch, or by those that stay. In eval mode, or frozen,
+    it computes what is deployed:
     ``conv(x, values(W) f) + Q(beta + (b - mu) f)``, ``f = gamma / sigma``; a negative ``f`` turns the signs of the codes. If only signs read its output
     (``signs``), it gives values that lie on the very side of 0 that the integer threshold says.
 
     Attributes:
-        op: the float layer; ``bn``: its batch norm, or ``None``; ``estimator``: of the weight.
+        op: the float layer; ``estimator``: of the weight.
         signs: all its readers are signs.
         frozen: scales and batch norm statistics are fixed.
     """
@@ -60,8 +61,7 @@ class EstimatedLayer(Quantized):
         self._require_finite(op.weight)
         try:
             if self.bn is not None and self.training and not self.frozen:
-                y = call_with(op, x, self.estimator(op.weight), op.bias)
-                return torch.as_tensor(self.bn(y))
+                return self.normed(call_with(op, x, self.estimator(op.weight), op.bias))
             return self._thresholded(x) if self.signs and self.source is not None else self._deployed(x)
         except CalibrationError as e:
             raise CalibrationError(e.fact, where=self.path or None, way_out=e.way_out) from e
