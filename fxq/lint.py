@@ -257,8 +257,8 @@ def _absorbed(proto: onnx.ModelProto, index: int, node: OpReport, found: dict[in
         return OpReport(node.node, node.op, "int8", Q if host.op_type == DQ else host.op_type.removeprefix("Nhwc"))
     if host is not None and any(a.name == "activation" for a in host.attribute):
         return OpReport(node.node, node.op, "float", host.op_type)
-    readers = [n.op_type for n in proto.graph.node if clip.output[0] in n.input]  # with more than one it vanished into the float activation before it
-    return OpReport(node.node, node.op, "int8" if readers == [Q] else GONE, Q if readers == [Q] else "")
+    readers = {n.op_type for n in proto.graph.node if clip.output[0] in n.input}
+    return OpReport(node.node, node.op, "int8" if readers == {Q} else GONE, Q if readers == {Q} else "")
 
 
 def agrees(predicted: LintReport, actual: LintReport) -> list[str]:

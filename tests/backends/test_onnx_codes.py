@@ -236,16 +236,19 @@ def test_the_sign_of_a_float_value() -> None:
     assert [o.runs for o in report.ops if o.op == "MaxPool"] == ["int8"]
 
 
-def test_a_sign_that_float_arithmetic_may_flip_is_a_tie_only_next_to_0() -> None:
-    x = rand(2, 3, 24, 24)
-    gm = low(FloatSign(), x)
+@pytest.mark.parametrize(("spec", "step"), [("b1/pt", None), ("t2/pt", 0.9), ("u4/pt", 0.2)])
+def test_a_code_that_float_arithmetic_may_flip_is_a_tie_only_next_to_its_border(spec: str, step: float | None) -> None:
+    """Of a sign 0; of a grid with a step of its own the half step, not half the scale."""
+    x = rand(8, 3, 72, 72)
+    gm = low(nn.Sequential(nn.BatchNorm2d(3), fq(spec=spec), nn.Conv2d(3, 4, 1), fq()), x)
+    if step is not None:
+        measure(with_grid(gm, "1", spec, 1.0, step), x)
     model = onnx.load_from_string(onnx_bytes(gm))
-    (bias,) = (t for t in model.graph.initializer if t.name == "norm/bias")
-    for shift, ok in ((1e-5, True), (0.3, False)):
-        bias.CopyFrom(numpy_helper.from_array(np.full(6, shift, np.float32), "norm/bias"))
-        gm.norm.bias.data.zero_()  # type: ignore[union-attr, operator]
+    (bias,) = (t for t in model.graph.initializer if t.name == "0/bias")
+    for shift, tie in ((2e-4, True), (0.3, False)):
+        bias.CopyFrom(numpy_helper.from_array(np.full(3, shift, np.float32), "0/bias"))
         proof = verify(gm, model.SerializeToString(), [x])
-        assert (proof.first is None or "norm" not in proof.first) == ok
+        assert proof.ties > 0 and proof.ok == tie and (proof.first == "0") != tie
 
 
 @pytest.mark.parametrize("pad", [True, False])
