@@ -248,7 +248,7 @@ def test_a_code_that_float_arithmetic_may_flip_is_a_tie_only_next_to_its_border(
     for shift, tie in ((2e-4, True), (0.3, False)):
         bias.CopyFrom(numpy_helper.from_array(np.full(3, shift, np.float32), "0/bias"))
         proof = verify(gm, model.SerializeToString(), [x])
-        assert proof.ties > 0 and proof.ok == tie and (proof.first == "0") != tie
+        assert proof.ok == tie and (proof.first == "0") != tie and (proof.ties > 0 or not tie)
 
 
 @pytest.mark.parametrize("pad", [True, False])
