@@ -1,7 +1,8 @@
-"""Convolutions that torch has not: with a padding of its own on each side, and 1x1 depthwise ones as plain arithmetic."""
+"""Convolutions that torch has not: with a padding of its own on each side, 1x1 depthwise ones as plain arithmetic, means under a kernel."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,6 +51,35 @@ class ChannelAffine2d(_ChannelAffine, nn.Conv2d):
 
 class ChannelAffine3d(_ChannelAffine, nn.Conv3d):
     """Scale and shift of each channel, ``[N, C, D, H, W]``."""
+
+
+class BoxMean(nn.Module):
+    """XNOR-Net's ``K`` (Rastegari et al. 2016, arXiv 1603.05279, equation 11): the mean of ``|x|`` under the kernel of a layer; no gradient.
+
+    Of a convolution ``[N, 1, *out]``: zero padding counts as 0. Of a linear layer ``[..., 1]``.
+    """
+
+    def __init__(self, kernel: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (), dilation: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.kernel, self.stride, self.padding, self.dilation = tuple(kernel), tuple(stride), tuple(padding), tuple(dilation)
+
+    @classmethod
+    def of(cls, op: Any) -> BoxMean:
+        """The box of a conv (zero padding in numbers) or linear module."""
+        if isinstance(op, nn.Linear):
+            return cls(())
+        return cls(op.kernel_size, op.stride, op.padding, op.dilation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        magnitude = x.detach().abs()
+        if not self.kernel:
+            return magnitude.mean(-1, keepdim=True)
+        box = torch.full((1, 1, *self.kernel), 1 / math.prod(self.kernel), dtype=x.dtype, device=x.device)
+        conv: Any = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]
+        return torch.as_tensor(conv(magnitude.mean(1, keepdim=True), box, None, self.stride, self.padding, self.dilation))
+
+    def extra_repr(self) -> str:
+        return f"kernel={self.kernel}, stride={self.stride}, padding={self.padding}, dilation={self.dilation}"
 
 
 PADDED = (PaddedConv1d, PaddedConv2d, PaddedConv3d)

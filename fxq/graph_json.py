@@ -24,8 +24,8 @@ from fxq.spec import QParams, QuantSpec
 
 CLASSES = {
     "fxq.modules": ("Add", "Sub", "Mul", "Div", "MatMul", "Cat", "Reshape", "Expand", "Permute", "Slice", "IndexSelect", "Split", "Pad", "Resize",
-                    "Mean", "Sum", "BoxMean", "GlobalAvgPool", "Clamp", "Unary", "Power", "FakeQuantize", "Quantized"),
-    "fxq.convolutions": ("PaddedConv1d", "PaddedConv2d", "PaddedConv3d", "ChannelAffine1d", "ChannelAffine2d", "ChannelAffine3d"),
+                    "Mean", "Sum", "GlobalAvgPool", "Clamp", "Unary", "Power", "FakeQuantize", "Quantized"),
+    "fxq.convolutions": ("PaddedConv1d", "PaddedConv2d", "PaddedConv3d", "ChannelAffine1d", "ChannelAffine2d", "ChannelAffine3d", "BoxMean"),
     "fxq.observers": ("Observer", "MovingAverage"),
     "fxq.trackers": ("MeanMagnitude", "Tracker", "LearnedStep", "Clip", "Sign", "Ternary", "TrackedFakeQuantize"),
     "fxq.estimators": ("SignEstimator", "TernaryEstimator", "DoReFaEstimator", "StepEstimator", "RangeEstimator"),

@@ -7,7 +7,6 @@ means "the size of the input in this place" (a batch-dependent dimension); ``-1`
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -216,34 +215,6 @@ class Sum(Mean):
         return x.sum(self.dims, self.keepdim)
 
 
-class BoxMean(Op):
-    """XNOR-Net's ``K`` (Rastegari et al. 2016, arXiv 1603.05279, equation 11): the mean of ``|x|`` under the kernel of a layer; no gradient.
-
-    Of a convolution ``[N, 1, *out]``: zero padding counts as 0. Of a linear layer ``[..., 1]``.
-    """
-
-    fields = ("kernel", "stride", "padding", "dilation")
-
-    def __init__(self, kernel: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (), dilation: Sequence[int] = ()) -> None:
-        super().__init__()
-        self.kernel, self.stride, self.padding, self.dilation = tuple(kernel), tuple(stride), tuple(padding), tuple(dilation)
-
-    @classmethod
-    def of(cls, op: Any) -> BoxMean:
-        """The box of a conv (zero padding in numbers) or linear module."""
-        if isinstance(op, nn.Linear):
-            return cls(())
-        return cls(op.kernel_size, op.stride, op.padding, op.dilation)
-
-    def forward(self, x: Tensor) -> Tensor:
-        magnitude = x.detach().abs()
-        if not self.kernel:
-            return magnitude.mean(-1, keepdim=True)
-        box = torch.full((1, 1, *self.kernel), 1 / math.prod(self.kernel), dtype=x.dtype, device=x.device)
-        conv: Any = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]
-        return torch.as_tensor(conv(magnitude.mean(1, keepdim=True), box, None, self.stride, self.padding, self.dilation))
-
-
 class GlobalAvgPool(Op):
     """Mean over all spatial dimensions of ``[N, C, *spatial]``, kept as size 1."""
 
@@ -310,8 +281,7 @@ class FakeQuantize(nn.Module):
     rounding, independent of ``train()``/``eval()``.
 
     Attributes:
-        step: buffer, the scale that values are divided by before they are rounded, where it is another than ``scale``, by which the readers
-            multiply the codes (ternary activations, DoReFa's older form); otherwise ``None``.
+        step: buffer, what values are divided by where it is another scale than ``scale``, by which readers multiply the codes; or ``None``.
     """
 
     scale: Tensor

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 
 from torch.fx import GraphModule, Node
 
+from fxq.convolutions import BoxMean
 from fxq.graph import add_module, copy_shape, data_inputs, infer_node, insert_module, kind, module_of, walk
-from fxq.modules import WEIGHTED, BoxMean, Mul
+from fxq.modules import WEIGHTED, Mul
 from fxq.pipeline import Pass, PassContext
 from fxq.placement import MOVES, Plan, rectifies
 
