@@ -20,6 +20,9 @@ from fxq.spec import QParams, QuantSpec
 from fxq.trackers import Tracker
 from fxq.weight_ranges import weight_range
 
+WEIGHT_MOMENTUM = 0.1
+"""Share of a step's range in the moving average of a weight's range."""
+
 LEAST_FACTOR = 1e-12
 """A fold factor ``gamma / sigma`` below it is taken as 1 in training: its channel gives ``beta`` whatever its weight is."""
 
@@ -144,7 +147,8 @@ class TrainedLayer(Normed, Quantized):
 
     Attributes:
         op: the float layer, its parameters train.
-        weight_spec, observer: codes of the weight, and how its range is found: anew from the current weight in each forward.
+        weight_spec, observer: codes of the weight, and how its range is found: anew from the current weight in each forward, or with ``ema`` as a
+            moving average over the training steps (buffer ``weight_ends``, lo and hi).
         source: tracker of the input's grid, for the int32 bias; ``None`` for a float bias.
         path: of the layer in the model, for errors.
         frozen: grids and batch norm are fixed.
@@ -155,6 +159,21 @@ class TrainedLayer(Normed, Quantized):
         super().__init__(op, weight, bias if op.bias is not None or bn is not None else None)
         self.bn, self.observer, self.frozen, self.path = bn, observer, False, path
         self._source = [source]
+        if observer == "ema":
+            self.register_buffer("weight_ends", torch.full((2, *weight.scale.shape), torch.nan, device=weight.scale.device))
+
+    def _range(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Range of the weight, per channel where its grid is."""
+        lo, hi = weight_range(weight, self.weight_grid.spec, self.observer)
+        if self.observer != "ema":
+            return lo, hi
+        ends: Tensor = self.weight_ends  # type: ignore[assignment]
+        if self.training:
+            now = torch.stack([lo, hi])
+            ends.copy_(torch.where(torch.isnan(ends), now, torch.lerp(ends, now, WEIGHT_MOMENTUM)))
+        elif bool(torch.isnan(ends).any()):
+            return lo, hi
+        return ends[0].clone(), ends[1].clone()
 
     def grids(self, weight: Tensor, bias: Tensor | None) -> tuple[QParams, QParams | None]:
         """Grids of a weight and of its int32 bias; of the frozen layer those that were fixed."""
@@ -164,7 +183,7 @@ class TrainedLayer(Normed, Quantized):
             if not bool(torch.isfinite(weight).all()):
                 way_out = "Lower the learning rate, or clip the gradients; load the last good checkpoint"
                 raise CalibrationError("the weight is NaN or infinite", where=self.path or None, way_out=way_out)
-            lo, hi = weight_range(weight.detach(), self.weight_grid.spec, self.observer)
+            lo, hi = self._range(weight.detach())
             qp = numerics.choose_qparams(lo, hi, self.weight_grid.spec)
             source = self._source[0]
             if bias is None or source is None:

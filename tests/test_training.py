@@ -237,3 +237,28 @@ def test_the_grid_of_a_signed_scheme_starts_where_calibration_left_it() -> None:
     with torch.no_grad():
         q.get_submodule("root.x_q")(torch.tensor([-1.0, 1.0]))
     assert int(mine.tracker.zero_point) == 0
+
+
+def test_moving_average_of_the_weights_range() -> None:
+    scheme = replace(fxq.schemes.get("iao_w8a8"), name="averaged", weight_observer="ema")
+    q = fxq.compile(net(), scheme, mode="qat", calibration=X, progress=False).train()
+    layer = q.get_submodule("root.fc")
+    assert isinstance(layer, TrainedLayer)
+    weight: Tensor = layer.op.weight  # type: ignore[assignment]
+    q(X)
+    first = layer.weight_ends.clone()  # type: ignore[operator, union-attr]
+    assert torch.equal(first[1], weight.detach().amax(1))
+    with torch.no_grad():
+        weight.mul_(2)
+    q(X)
+    assert torch.allclose(layer.weight_ends, first * 1.1)  # type: ignore[arg-type]
+    q.eval()(X)
+    assert torch.allclose(layer.weight_ends, first * 1.1)  # type: ignore[arg-type]
+    again = fxq.compile(net(), scheme, mode="qat", calibration=X, progress=False)
+    again.load_state_dict(q.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again(X), q(X)) and torch.equal(q.convert()(X), q(X))  # type: ignore[operator]
+    steps(q.train(), 2)
+    q.freeze().train()  # type: ignore[operator]
+    with torch.no_grad():
+        assert torch.equal(q(X), q.eval()(X))
