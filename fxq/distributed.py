@@ -108,31 +108,33 @@ def _sent(v: Tensor) -> Tensor:
     return v.detach().to("cuda", copy=True) if dist.get_backend() == "nccl" else v.detach().clone().contiguous()
 
 
-@torch.library.custom_op("fxq::all_max", mutates_args=())
-def _all_max(v: Tensor) -> Tensor:
-    """Greatest value of all processes in each place."""
+def _max(v: Tensor) -> Tensor:
     sent = _sent(v)
     _together(lambda: dist.all_reduce(sent, dist.ReduceOp.MAX))
     return sent.to(v.device)
 
 
-@torch.library.custom_op("fxq::all_rows", mutates_args=())
-def _all_rows(v: Tensor, world: int) -> Tensor:
-    """The vectors ``[n]`` of all processes as ``[world, n]``, in the order of their ranks: sums over it have the same bits everywhere."""
+def _rows(v: Tensor, world: int) -> Tensor:
     sent = _sent(v)
     rows = [torch.empty_like(sent) for _ in range(world)]
     _together(lambda: dist.all_gather(rows, sent))
     return torch.stack(rows).to(v.device)
 
 
-@_all_max.register_fake
-def _(v: Tensor) -> Tensor:
-    return torch.empty_like(v)
+_MAX = torch.library.custom_op("fxq::all_max", _max, mutates_args=(), schema="(Tensor v) -> Tensor")
+_ROWS = torch.library.custom_op("fxq::all_rows", _rows, mutates_args=(), schema="(Tensor v, int world) -> Tensor")
+_MAX.register_fake(lambda v: torch.empty_like(v))
+_ROWS.register_fake(lambda v, world: v.new_empty(world, v.shape[0]))
 
 
-@_all_rows.register_fake
-def _(v: Tensor, world: int) -> Tensor:
-    return v.new_empty(world, v.shape[0])
+def _all_max(v: Tensor) -> Tensor:
+    """Greatest value of all processes in each place."""
+    return _MAX(v) if torch.compiler.is_compiling() else _max(v)
+
+
+def _all_rows(v: Tensor, world: int) -> Tensor:
+    """The vectors ``[n]`` of all processes as ``[world, n]``, in the order of their ranks: sums over it have the same bits everywhere."""
+    return _ROWS(v, world) if torch.compiler.is_compiling() else _rows(v, world)
 
 
 def extremes(lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,11 +177,10 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, processes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         channels = x.shape[1]
         wide = x if x.dtype == torch.float64 else x.float()
-        var, mean = torch.var_mean(wide, _dims(x), correction=0)
+        var, mean = torch.var_mean(wide, _dims(x), correction=0) if x.numel() else wide.new_zeros(2, channels).unbind()
         count = torch.full((1,), x.numel() // channels, dtype=torch.float64, device=x.device)
-        if x.numel() == 0:
-            var, mean = torch.zeros_like(var), torch.zeros_like(mean)
-        n, means, variances = _all_rows(torch.cat([count, mean.double(), var.double()]), processes).split([1, channels, channels], 1)
+        every = _all_rows(torch.cat([count, mean.double(), var.double()]), processes)
+        n, means, variances = every[:, :1], every[:, 1 : 1 + channels], every[:, 1 + channels :]
         number = n.sum()
         mean = (n * means).sum(0) / number
         var = (n * (variances + (means - mean).square())).sum(0) / number

@@ -61,7 +61,15 @@ class Estimator(nn.Module):
     def freeze(self, w: Tensor) -> None:
         """Fix the scale as it is."""
         self.fixed.copy_(self.codes(w)[1])
-        self.frozen = True
+        self.fix()
+
+    def fix(self, frozen: bool = True) -> None:
+        """Set ``frozen``: a learned scale that is fixed is not trained."""
+        self.frozen = frozen
+        for p in self.parameters(recurse=False):
+            p.requires_grad_(not frozen)
+            if frozen:
+                p.grad = None
 
 
 class SignEstimator(Estimator):

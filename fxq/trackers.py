@@ -119,7 +119,15 @@ class Tracker(nn.Module):
     def freeze(self) -> None:
         """Fix the grid as it is."""
         self.settle()
-        self.frozen = True
+        self.fix()
+
+    def fix(self, frozen: bool = True) -> None:
+        """Set ``frozen``: parameters of a grid that is fixed are not trained."""
+        self.frozen = frozen or self.fixed
+        for p in self.parameters(recurse=False):
+            p.requires_grad_(not frozen)
+            if frozen:
+                p.grad = None  # no optimizer moves it, and DDP does not wait for it
 
     def extra_repr(self) -> str:
         return f"{self.qparams}{', frozen' if self.frozen else ''}"

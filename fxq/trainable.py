@@ -145,6 +145,8 @@ class TrainableModel(CompiledModel):
         self.phase = state["phase"]
         for m in self.modules():
             if isinstance(m, TrackedFakeQuantize):
-                m.tracker.frozen = m.tracker.fixed or self.phase == QAFT
-            elif isinstance(m, (*LAYERS, Estimator)):
+                m.tracker.fix(self.phase == QAFT)
+            elif isinstance(m, Estimator):
+                m.fix(self.phase == QAFT)
+            elif isinstance(m, LAYERS):
                 m.frozen = self.phase == QAFT
