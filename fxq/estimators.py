@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from fxq import lowbit, numerics
-from fxq.errors import CalibrationError
 from fxq.schemes import Scheme
 from fxq.spec import QuantSpec
 from fxq.weight_ranges import weight_range
@@ -65,6 +64,8 @@ class Estimator(nn.Module):
 
     def fix(self, frozen: bool = True) -> None:
         """Set ``frozen``: a learned scale that is fixed is not trained."""
+        if frozen == self.frozen:
+            return
         self.frozen = frozen
         for p in self.parameters(recurse=False):
             p.requires_grad_(not frozen)
@@ -154,8 +155,6 @@ class StepEstimator(_Rounded):
         self.learned_step = nn.Parameter(start.clone())
 
     def step(self, w: Tensor) -> Tensor:
-        if not bool(torch.isfinite(self.learned_step.detach()).all()):
-            raise CalibrationError("a learned step is NaN or infinite", way_out="Lower the learning rate; load the last good checkpoint")
         return self.learned_step.abs().clamp(min=LEAST_STEP)
 
 

@@ -46,7 +46,7 @@ def save(model: CompiledModel, path: str | os.PathLike[str], *, force: bool = Fa
     head = {
         "kind": kind, "version": VERSION, "fxq": __version__, "graph": w.graph(model.graph_module), "scheme": w.value(model.scheme, "scheme"),
         "target": target.name, "phase": getattr(model, "phase", ""), "training": model.training, "rung": model.captured.rung,
-        "specialised": list(model.captured.specialised),
+        "steps": int(getattr(model, "steps", 0)), "hold_at": getattr(model, "hold_at", None), "specialised": list(model.captured.specialised),
         "history": [[s.name, s.text, s.rewrites, s.nodes, s.ms, s.moved, [[k.node, k.why] for k in s.skips]] for s in model.history],
     }  # fmt: skip
     return Artifact(FORMAT, encode(w.tensors, {"format": FORMAT, "model": json.dumps(head)})).save(path, force=force)
@@ -87,7 +87,8 @@ def _load(path: Path) -> CompiledModel:
         captured = Captured(gm, str(head["rung"]), tuple(head["specialised"]), nn.Module())
         model = KINDS[head["kind"]](gm, captured, history, scheme, target)
         if isinstance(model, TrainableModel):
-            model.phase = str(head["phase"])
+            model.steps.fill_(int(head["steps"]))
+            model.set_extra_state({"phase": str(head["phase"]), "scheme": scheme.name, "hold_at": head["hold_at"]})
     except (KeyError, TypeError, ValueError) as e:
         raise ArtifactError(f"its header is damaged: {type(e).__name__}: {e}", way_out="Save the model again") from e
     return model.train(bool(head["training"]))

@@ -123,6 +123,8 @@ class Tracker(nn.Module):
 
     def fix(self, frozen: bool = True) -> None:
         """Set ``frozen``: parameters of a grid that is fixed are not trained."""
+        if (frozen or self.fixed) == self.frozen:
+            return
         self.frozen = frozen or self.fixed
         for p in self.parameters(recurse=False):
             p.requires_grad_(not frozen)
@@ -153,10 +155,6 @@ class _Learned(Tracker):
     def follow(self) -> None:
         """Copy the grid of the parameters into the buffers."""
         raise NotImplementedError
-
-    def _finite(self, value: Tensor) -> None:
-        if not bool(torch.isfinite(value.detach()).all()):
-            raise CalibrationError("the learned grid is NaN or infinite", way_out="Lower the learning rate; load the last good checkpoint")
 
     def settle(self) -> None:
         if not self.frozen:
@@ -194,10 +192,8 @@ class LearnedStep(_Learned):
 
     def follow(self) -> None:
         with torch.no_grad():
-            self._finite(self.learned_step)
             self.scale.copy_(self.size())
             if self.learned_offset is not None:
-                self._finite(self.learned_offset)
                 zero = torch.round(self.spec.qmin - self.learned_offset / self.scale)
                 self.zero_point.copy_(zero.clamp(self.spec.qmin, self.spec.qmax))
 
@@ -244,7 +240,6 @@ class Clip(_Learned):
 
     def follow(self) -> None:
         with torch.no_grad():
-            self._finite(self.clip)
             (self.scale if self.step is None else self.step).copy_(self.end() / self.spec.qmax)
 
     def see(self, x: Tensor, part: bool) -> None:

@@ -6,8 +6,10 @@ import copy
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from fxq import finite
 from fxq.compiled import CompiledModel
 from fxq.errors import FxqError, LoweringError
 from fxq.estimators import Estimator
@@ -31,6 +33,68 @@ class TrainableModel(CompiledModel):
     """
 
     phase: str = QAT
+    hold_at: int | None = None
+    _held: bool = False
+    steps: Tensor
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, *args: Any) -> Any:
+        """The fake-quant simulator; in training mode it observes, and counts the step.
+
+        Raises:
+            CalibrationError: for NaN or infinity in the input of a grid that is found by its range, in a parameter or in a batch norm's statistics;
+                what exploded first is named. Of several processes all raise.
+        """
+        self._begin()
+        return self.root(*args)
+
+    def _begin(self) -> None:
+        """What comes before each forward."""
+        finite.require_finite(self, self.training)
+        if self.training and self.phase == QAT:
+            if self.hold_at is not None and not self.batch_norm_frozen and int(self.steps) >= self.hold_at:
+                self._hold(True)
+            self.steps += 1
+
+    def explain_nan(self, *args: Any) -> str:
+        """Where NaN or infinity first appears: in a parameter, a statistic or the value of a node, when a copy of the model runs on ``args``."""
+        gm = copy.deepcopy(self).graph_module
+        return finite.explain(gm, *args)
+
+    def freeze_batch_norm(self, after: int = 0) -> TrainableModel:
+        """After so many training forwards more, statistics of batch norms stay, and training uses them instead of the batch's; grids go on moving.
+
+        Layers that hold their batch norm then compute in training what they do in eval mode. Processes and checkpoints keep count (``steps``).
+
+        Args:
+            after: training forwards from now on; 0: at once.
+
+        Raises:
+            FxqError: for a negative number, or when :meth:`freeze` fixed the statistics already.
+        """
+        if after < 0:
+            raise FxqError(f"{after} steps are in the past", way_out="Give 0 for at once, or a positive number")
+        if self.phase == QAFT:
+            raise FxqError("the statistics are fixed already, by freeze()", way_out="Call freeze_batch_norm() before freeze()")
+        self.hold_at = int(self.steps) + after
+        self._hold(after == 0)
+        return self
+
+    @property
+    def batch_norm_frozen(self) -> bool:
+        """The statistics of the batch norms stay."""
+        return self.phase == QAFT or self._held
+
+    def _hold(self, held: bool) -> None:
+        self._held = held
+        for m in self.modules():
+            if isinstance(m, Normed):
+                m.held = held
+            elif held and isinstance(m, nn.modules.batchnorm._BatchNorm):
+                m.eval()
 
     @property
     def sync_batch_norm(self) -> bool:
@@ -52,6 +116,7 @@ class TrainableModel(CompiledModel):
         if self.phase == QAFT:
             raise FxqError("the model is frozen already", way_out="Go on training, or call convert()")
         self._require_data("freeze()")
+        finite.require_finite(self)
         for m in self.modules():
             if isinstance(m, TrackedFakeQuantize):
                 m.tracker.freeze()
@@ -64,9 +129,9 @@ class TrainableModel(CompiledModel):
         return self
 
     def train(self, mode: bool = True) -> TrainableModel:
-        """As in torch; after :meth:`freeze` batch norms stay in eval mode."""
+        """As in torch; batch norms whose statistics are fixed stay in eval mode."""
         super().train(mode)
-        if self.phase == QAFT:
+        if self.batch_norm_frozen:
             for m in self.modules():
                 if isinstance(m, nn.modules.batchnorm._BatchNorm):
                     m.eval()
@@ -93,6 +158,7 @@ class TrainableModel(CompiledModel):
             FxqError: before any data was seen.
         """
         self._require_data("convert()")
+        finite.require_finite(self)
         gm = copy.deepcopy(self.graph_module).eval()
         for m in gm.modules():
             if isinstance(m, TrackedFakeQuantize):
@@ -130,11 +196,15 @@ class TrainableModel(CompiledModel):
         """
         raise LoweringError("the model is in training", way_out="Call convert() and lower what it returns")
 
-    def get_extra_state(self) -> dict[str, str]:
-        """Phase and scheme, for checkpoints."""
-        return {"phase": self.phase, "scheme": self.scheme.name}
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        state_dict.setdefault(prefix + "steps", torch.zeros_like(self.steps))  # in checkpoints from before steps were counted
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def set_extra_state(self, state: dict[str, str]) -> None:
+    def get_extra_state(self) -> dict[str, Any]:
+        """Phase, scheme and the step at which statistics of batch norms stay, for checkpoints."""
+        return {"phase": self.phase, "scheme": self.scheme.name, "hold_at": self.hold_at}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
         """Go on in the phase of a checkpoint.
 
         Raises:
@@ -142,7 +212,8 @@ class TrainableModel(CompiledModel):
         """
         if state["scheme"] != self.scheme.name:
             raise FxqError(f"the checkpoint is of scheme {state['scheme']!r}, the model of {self.scheme.name!r}", way_out="Compile the model with that scheme")
-        self.phase = state["phase"]
+        self.phase, self.hold_at = state["phase"], state.get("hold_at")
+        self._hold(self.hold_at is not None and int(self.steps) >= self.hold_at)
         for m in self.modules():
             if isinstance(m, TrackedFakeQuantize):
                 m.tracker.fix(self.phase == QAFT)

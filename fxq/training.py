@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxq import distributed, numerics
-from fxq.errors import CalibrationError
 from fxq.folding import fold_back
 from fxq.modules import FakeQuantize, Quantized, Wrapper, call_with
 from fxq.spec import QParams, QuantSpec
@@ -180,9 +179,6 @@ class TrainedLayer(Normed, Quantized):
         if self.frozen:
             return self.weight_grid.qparams, None if self.bias_grid is None else self.bias_grid.qparams
         with torch.no_grad():
-            if not bool(torch.isfinite(weight).all()):
-                way_out = "Lower the learning rate, or clip the gradients; load the last good checkpoint"
-                raise CalibrationError("the weight is NaN or infinite", where=self.path or None, way_out=way_out)
             lo, hi = self._range(weight.detach())
             qp = numerics.choose_qparams(lo, hi, self.weight_grid.spec)
             source = self._source[0]

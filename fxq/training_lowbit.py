@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from fxq import lowbit, numerics
-from fxq.errors import CalibrationError
 from fxq.estimators import Estimator
 from fxq.modules import FakeQuantize, Quantized, call_with
 from fxq.spec import QParams, QuantSpec
@@ -58,18 +57,9 @@ class EstimatedLayer(Normed, Quantized):
 
     def forward(self, x: Tensor) -> Tensor:
         op: Any = self.op
-        self._require_finite(op.weight)
-        try:
-            if self.bn is not None and self.training and not self.frozen:
-                return self.normed(call_with(op, x, self.estimator(op.weight), op.bias))
-            return self._thresholded(x) if self.signs and self.source is not None else self._deployed(x)
-        except CalibrationError as e:
-            raise CalibrationError(e.fact, where=self.path or None, way_out=e.way_out) from e
-
-    def _require_finite(self, weight: Tensor) -> None:
-        if not bool(torch.isfinite(weight.detach()).all()):
-            way_out = "Lower the learning rate, or clip the gradients; load the last good checkpoint"
-            raise CalibrationError("the weight is NaN or infinite", where=self.path or None, way_out=way_out)
+        if self.bn is not None and self.training and not self.frozen:
+            return self.normed(call_with(op, x, self.estimator(op.weight), op.bias))
+        return self._thresholded(x) if self.signs and self.source is not None else self._deployed(x)
 
     def _fold(self) -> tuple[Tensor, Tensor]:
         """``(scale, shift)`` of the batch norm and the layer's own bias, float64 ``[C]``, differentiable."""

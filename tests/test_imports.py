@@ -16,7 +16,7 @@ STREET: tuple[tuple[str, ...], ...] = (
     ("trackers", "estimators", "graph_json", "shapes", "snapshot", "folding", "kernels", "layerwise", "routing", "concrete", "exported", "parts"),
     ("verify", "canonical", "trace"),
     ("pipeline", "canonical_math", "canonical_chains", "canonical_index", "canonical_reduce", "canonical_shape", "constants", "inline"),
-    ("canonical_layers", "canonical_attention", "forms", "forms_shuffle", "forms_tidy", "forms_unpack", "placement", "training"),
+    ("canonical_layers", "canonical_attention", "forms", "forms_shuffle", "forms_tidy", "forms_unpack", "placement", "training", "finite"),
     ("placement_inputs", "training_lowbit"),
     ("passes", "backends"),
     ("lint_graph", "exposed", "lint_trt_fold", "lint_trt_report"),
