@@ -226,14 +226,27 @@ def batch_norm(bn: Any, x: Tensor, together: bool = True) -> Tensor:
     """
     processes = world()
     if processes == 1 or not together or not bn.training:
-        return torch.as_tensor(bn(x))
+        return _alone(bn, x) if bn.momentum is None and torch.compiler.is_compiling() else torch.as_tensor(bn(x))
     bn._check_input_dim(x)
     out, mean, var, number = _Norm.apply(x, bn.weight, bn.bias, bn.eps, processes)
     if bn.running_mean is not None:
-        with torch.no_grad():
-            bn.num_batches_tracked.add_(1)
-            share = 1 / bn.num_batches_tracked.double() if bn.momentum is None else bn.momentum
-            unbiased = var * (number / (number - 1).clamp(min=1)).to(var.dtype)
-            for running, now in ((bn.running_mean, mean), (bn.running_var, unbiased)):
-                running.copy_((1 - share) * running + share * now.to(running.dtype))
+        _move(bn, mean, var * (number / (number - 1).clamp(min=1)).to(var.dtype))
     return torch.as_tensor(out)
+
+
+def _alone(bn: Any, x: Tensor) -> Tensor:
+    """A batch norm whose statistics are plain means over all batches: torch's own module asks for the number of batches, which breaks a compiled graph."""
+    if not bn.training or bn.running_mean is None:
+        return torch.as_tensor(bn(x))
+    var, mean = torch.var_mean(x.detach().to(bn.running_mean.dtype), _dims(x), correction=1)
+    _move(bn, mean, var)
+    return F.batch_norm(x, None, None, bn.weight, bn.bias, True, 0.0, bn.eps)
+
+
+@torch.no_grad()
+def _move(bn: Any, mean: Tensor, unbiased: Tensor) -> None:
+    """Take the statistics of a batch into the running ones."""
+    bn.num_batches_tracked.add_(1)
+    share = 1 / bn.num_batches_tracked.double() if bn.momentum is None else bn.momentum
+    for running, now in ((bn.running_mean, mean), (bn.running_var, unbiased)):
+        running.copy_((1 - share) * running + share * now.to(running.dtype))

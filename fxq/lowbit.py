@@ -26,7 +26,7 @@ TERNARY_RATIO = 0.7
 TBN_RATIO = 0.4
 
 
-def ste_mask(x: Tensor, ste: str, sharpness: float = 1.0) -> Tensor:
+def ste_mask(x: Tensor, ste: str, sharpness: float | Tensor = 1.0) -> Tensor:
     """What the gradient of the sign is multiplied by, shape of ``x`` (``saturate``: a mask of bools).
 
     Args:
@@ -175,7 +175,7 @@ def dorefa_levels(w: Tensor, bits: int) -> Tensor:
     t = torch.tanh(w.detach())
     top = t.abs().max()
     codes: Tensor = 2 * torch.round((t / (2 * top.clamp(min=numerics.TINY)) + 0.5) * m) - m
-    return codes if bool(top > 0) else torch.zeros_like(codes)
+    return torch.where(top > 0, codes, 0.0)
 
 
 def dorefa_scale(w: Tensor, bits: int, compat: bool = False) -> Tensor:
@@ -216,10 +216,9 @@ def dorefa_weight(w: Tensor, bits: int, compat: bool = False) -> Tensor:
     m = 2**bits - 1
     t = torch.tanh(w)
     top = t.abs().max()
-    if not bool(top.detach() > 0):
-        return w * 0
-    scale = dorefa_scale(w, bits, compat)
-    out: Tensor = (2 * rounded((t / (2 * top) + 0.5) * m) - m) * scale
+    alive = top.detach() > 0
+    scale = torch.where(alive, dorefa_scale(w, bits, compat), 0.0)
+    out: Tensor = (2 * rounded((t / torch.where(alive, 2 * top, 1.0) + 0.5) * m) - m) * scale
     return out
 
 

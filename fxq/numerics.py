@@ -36,7 +36,8 @@ def choose_qparams(lo: Tensor, hi: Tensor, spec: QuantSpec) -> QParams:
         CalibrationError: when a bound is NaN or infinite.
     """
     lo, hi = lo.detach().to(torch.float32), hi.detach().to(torch.float32)
-    if not bool(torch.isfinite(lo).all() & torch.isfinite(hi).all()):
+    traced = torch.compiler.is_compiling()  # then no number decides what is computed
+    if not traced and not bool(torch.isfinite(lo).all() & torch.isfinite(hi).all()):
         raise CalibrationError("the range holds NaN or infinity", way_out="Look for the layer or batch that makes them")
     lo, hi = lo.clamp(max=0.0), hi.clamp(min=0.0)
     if spec.kind == "binary":
@@ -49,14 +50,26 @@ def choose_qparams(lo: Tensor, hi: Tensor, spec: QuantSpec) -> QParams:
         # Where a range is wider than float32 can hold as a difference, its ends are divided first.
         scale = torch.where(torch.isinf(hi - lo), hi / steps - lo / steps, (hi - lo) / steps)
     dead = scale < TINY
-    if bool(dead.any()):
-        alive = scale[~dead] if scale.ndim else scale.new_empty(0)
-        scale = torch.where(dead, alive.max() if alive.numel() else torch.ones_like(scale), scale)
+    if traced or bool(dead.any()):
+        top = torch.where(dead, 0.0, scale).amax()
+        scale = torch.where(dead, torch.where(top > 0, top, 1.0), scale)
     if spec.symmetric:
         zero = torch.zeros_like(scale, dtype=torch.int32)
     else:
         zero = torch.round(spec.qmin - lo / scale).clamp(spec.qmin, spec.qmax).to(torch.int32)
     return QParams(spec, scale, zero)
+
+
+_KEPT = torch.library.custom_op("fxq::kept", lambda v: v.clone(), mutates_args=(), schema="(Tensor v) -> Tensor")
+_KEPT.register_fake(lambda v: torch.empty_like(v))
+
+
+def kept(v: Tensor) -> Tensor:
+    """``v`` itself (no gradient); a compiled graph saves it for the backward.
+
+    Otherwise ``torch.compile`` may compute it anew there, from buffers that the forward has changed meanwhile.
+    """
+    return _KEPT(v.detach()) if torch.compiler.is_compiling() else v.detach()
 
 
 def unsigned(qp: QParams) -> QParams:
@@ -126,7 +139,7 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int, value: Tensor | None = None) -> Tensor:
         steps = torch.div(x.to(torch.float32), scale).round_()
-        shifted = x.device.type != "cpu" or zero.ndim > 0 or int(zero) != 0  # to ask another device would wait for it
+        shifted = torch.compiler.is_compiling() or x.device.type != "cpu" or zero.ndim > 0 or int(zero) != 0  # to ask another device would wait for it
         if shifted:
             steps = steps.add_(zero)
         codes = steps.clamp(qmin, qmax)
@@ -177,11 +190,11 @@ def fake_quantize_with(x: Tensor, scale: Tensor, zero: Tensor, spec: QuantSpec, 
         value: scale of the values given, where it is another than the one that ``x`` is divided by.
     """
     s = spread(scale.to(x.device), spec, x.shape)
-    v = s if value is None else spread(value.to(x.device), spec, x.shape)
+    v = None if value is None or value is scale else spread(value.to(x.device), spec, x.shape)
     if spec.kind == "float8":
         out: Tensor = _FakeFloat8.apply(x, s, spec.qmax)
     elif spec.kind == "binary":
-        out = _FakeSign.apply(x, v)
+        out = _FakeSign.apply(x, s if v is None else v)
     else:
         out = _FakeQuantize.apply(x, s, spread(zero.to(x.device), spec, x.shape), spec.qmin, spec.qmax, v)
     return out
@@ -227,7 +240,7 @@ def widen_for_bias(weight_qp: QParams, bias: Tensor, input_qp: QParams) -> QPara
     floor = floor.to(torch.float32)
     if weight_qp.scale.ndim == 0:
         floor = floor.max()
-    if not bool((floor > weight_qp.scale).any()):
+    if not torch.compiler.is_compiling() and not bool((floor > weight_qp.scale).any()):
         return weight_qp
     return QParams(weight_qp.spec, torch.maximum(weight_qp.scale, floor), weight_qp.zero_point)
 

@@ -24,6 +24,7 @@ from fxq.spec import QuantSpec
 SAMPLE = 1 << 17
 BINS = 2048
 _FLOAT32_SAFE = 1e37
+EXPLODED, LOOK = "the value holds NaN or infinity", "Look at the inputs and at the layer before it"
 
 
 class Observer(nn.Module):
@@ -33,6 +34,7 @@ class Observer(nn.Module):
         lo, hi: exact extremes so far, float32, rank 0.
         has_data: bool, rank 0.
         frozen: when True, :meth:`observe` changes nothing.
+        bad: bool, rank 0, set while a compiled graph runs, which cannot raise: the batch held NaN or infinity, and changed nothing else.
         together: each tensor counts as one with those that the other processes observe in this call (see :mod:`fxq.distributed`).
 
     Raises:
@@ -42,6 +44,7 @@ class Observer(nn.Module):
     lo: Tensor
     hi: Tensor
     has_data: Tensor
+    bad: Tensor
 
     def __init__(self, spec: QuantSpec) -> None:
         super().__init__()
@@ -51,6 +54,7 @@ class Observer(nn.Module):
         self.register_buffer("lo", torch.zeros(()))
         self.register_buffer("hi", torch.zeros(()))
         self.register_buffer("has_data", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("bad", torch.zeros((), dtype=torch.bool), persistent=False)
 
     def observe(self, x: Tensor, part: bool = False) -> None:
         """Take in one tensor of any shape and float type; an empty one counts for nothing.
@@ -69,12 +73,16 @@ class Observer(nn.Module):
         own = hi - lo
         if self.together:
             lo, hi = distributed.extremes(lo, hi)
-        low, high = float(lo), float(hi)
-        if (low, high) == (math.inf, -math.inf):
-            return
-        if not math.isfinite(high - low):
-            place = " in another process" if distributed.world() > 1 and math.isfinite(float(own)) else ""
-            raise CalibrationError(f"the value holds NaN or infinity{place}", way_out="Look at the inputs and at the layer before it")
+        if torch.compiler.is_compiling():
+            bad = ~torch.isfinite(hi.double() - lo.double())
+            self.bad.copy_(self.bad | bad if part else bad)
+        else:
+            low, high = float(lo), float(hi)
+            if (low, high) == (math.inf, -math.inf):
+                return
+            if not math.isfinite(high - low):
+                place = " in another process" if distributed.world() > 1 and math.isfinite(float(own)) else ""
+                raise CalibrationError(EXPLODED + place, way_out=LOOK)
         self._take(x, lo, hi, part)
         self.has_data.fill_(True)
 
@@ -111,6 +119,12 @@ def _in_memory_order(x: Tensor) -> Tensor:
     return x.permute(0, *range(2, x.ndim), 1)
 
 
+def share(batches: Tensor, momentum: float) -> Tensor:
+    """Share of the running batch in a moving average, float64, rank 0: all of it in the first one."""
+    now = torch.full((), momentum, dtype=torch.float64, device=batches.device)
+    return torch.where(batches == 1, torch.ones_like(now), now)
+
+
 class MovingAverage(Observer):
     """Moving average of each batch's extremes: ``r <- (1-m) r + m batch``; the first batch sets it.
 
@@ -129,18 +143,17 @@ class MovingAverage(Observer):
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
     def _take(self, x: Tensor, lo: Tensor, hi: Tensor, part: bool) -> None:
-        low, high = float(lo), float(hi)
-        if part and bool(self.has_data):
-            least, greatest = self.batch.tolist()
-            low, high = min(low, least), max(high, greatest)
+        ends = torch.stack([lo, hi])
+        if part and (torch.compiler.is_compiling() or bool(self.has_data)):
+            ends = torch.stack([torch.minimum(lo, self.batch[0]), torch.maximum(hi, self.batch[1])])
         else:
-            self.before[0], self.before[1] = self.lo, self.hi
+            self.before.copy_(torch.stack([self.lo, self.hi]))
             self.batches += 1
-        self.batch[0], self.batch[1] = low, high
-        m = 1.0 if int(self.batches) == 1 else self.momentum
-        before, after = self.before.tolist()
-        self.lo.fill_((1 - m) * before + m * low)
-        self.hi.fill_((1 - m) * after + m * high)
+        self.batch.copy_(torch.where(self.bad, self.batch, ends))
+        now = share(self.batches, self.momentum)
+        average = torch.where(self.bad, self.before.double(), (1 - now) * self.before.double() + now * self.batch.double())
+        self.lo.copy_(average[0])
+        self.hi.copy_(average[1])
 
     def _join(self, other: Observer) -> None:
         """Mean of both ranges, weighted by the number of batches."""

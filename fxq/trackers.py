@@ -14,7 +14,7 @@ from fxq import distributed, lowbit, numerics
 from fxq.errors import CalibrationError
 from fxq.graph import Grid
 from fxq.modules import FakeQuantize
-from fxq.observers import MovingAverage, Observer
+from fxq.observers import MovingAverage, Observer, share
 from fxq.spec import QParams, QuantSpec
 
 LEAST_STEP = 1e-8
@@ -33,8 +33,9 @@ class MeanMagnitude(Observer):
 
     def _take(self, x: Tensor, lo: Tensor, hi: Tensor, part: bool) -> None:
         self.batches += 1
-        m = 1.0 if int(self.batches) == 1 else self.momentum
-        self.hi.copy_((1 - m) * self.hi + m * (distributed.mean(x.abs()) if self.together else x.abs().mean()))
+        now = share(self.batches, self.momentum)
+        mean = distributed.mean(x.abs()) if self.together else x.abs().mean()
+        self.hi.copy_(torch.where(self.bad, self.hi, ((1 - now) * self.hi.double() + now * mean.double()).to(self.hi.dtype)))
 
     def _join(self, other: Observer) -> None:
         assert isinstance(other, MeanMagnitude)
@@ -106,8 +107,8 @@ class Tracker(nn.Module):
             low, high = self.clamp
             lo, hi = torch.full_like(lo, low), hi.clamp(min=low, max=high)
         qp = numerics.choose_qparams(lo, hi, self.spec)
-        self.scale.copy_(qp.scale)
-        self.zero_point.copy_(qp.zero_point)
+        self.scale.copy_(numerics.kept(qp.scale))
+        self.zero_point.copy_(numerics.kept(qp.zero_point))
 
     def round(self, x: Tensor) -> Tensor:
         """``x`` rounded onto the grid, differentiable."""
@@ -142,7 +143,7 @@ class _Learned(Tracker):
         """Let the first batch set the start. Raises CalibrationError for NaN and infinity."""
         if self.frozen:
             return
-        if not self.ready:
+        if not torch.compiler.is_compiling() and not self.ready:  # the first batch is never compiled
             self.observer.observe(x, part)
             self.first(x.detach())
         self.follow()
@@ -275,7 +276,7 @@ class Sign(Tracker):
 
     def round(self, x: Tensor) -> Tensor:
         x_ = x.detach()
-        mask = lowbit.ste_mask(x_, self.ste, float(self.sharpness) if self.ste == "tanh" else 1.0)
+        mask = lowbit.ste_mask(x_, self.ste, self.sharpness)
         return lowbit.through(x, self.value(x_), mask)
 
     def value(self, x: Tensor) -> Tensor:
@@ -300,7 +301,7 @@ class Ternary(Sign):
 
     def update(self) -> None:
         assert self.step is not None
-        self.step.copy_((2 * lowbit.TBN_RATIO * self.observer.hi).clamp(min=numerics.TINY))
+        self.step.copy_(numerics.kept((2 * lowbit.TBN_RATIO * self.observer.hi).clamp(min=numerics.TINY)))
 
 
 TRACKERS: dict[str, type[Tracker]] = {"range": Tracker, "lsq": LearnedStep, "clip": Clip, "pact": Clip, "sign": Sign, "ternary": Ternary}

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from fxq import finite
 from fxq.compiled import CompiledModel
-from fxq.errors import FxqError, LoweringError
+from fxq.errors import CalibrationError, FxqError, LoweringError
 from fxq.estimators import Estimator
 from fxq.graph import finish, grids, module_of, swap_module, walk
 from fxq.lowering import Artifact
 from fxq.modules import WEIGHTED
+from fxq.observers import EXPLODED, LOOK
 from fxq.snapshot import History, take
-from fxq.trackers import Sign, TrackedFakeQuantize
+from fxq.trackers import Sign, TrackedFakeQuantize, Tracker
 from fxq.training import FloatLayer, FloatNorm, Normed, TrainedLayer, unsigned_where
 from fxq.training_lowbit import EstimatedLayer
 
 QAT, QAFT = "qat", "qaft"
 LAYERS = (TrainedLayer, EstimatedLayer, FloatLayer, FloatNorm)
+
+
+@_disable_dynamo
+def _outside(call: Callable[..., Any], *args: Any) -> Any:
+    """Run as it is, between two compiled graphs."""
+    return call(*args)
 
 
 class TrainableModel(CompiledModel):
@@ -35,6 +44,7 @@ class TrainableModel(CompiledModel):
     phase: str = QAT
     hold_at: int | None = None
     _held: bool = False
+    _begun: bool = False
     steps: Tensor
 
     def __init__(self, *args: Any) -> None:
@@ -48,16 +58,34 @@ class TrainableModel(CompiledModel):
             CalibrationError: for NaN or infinity in the input of a grid that is found by its range, in a parameter or in a batch norm's statistics;
                 what exploded first is named. Of several processes all raise.
         """
-        self._begin()
-        return self.root(*args)
+        if not torch.compiler.is_compiling():
+            self._begin()
+            return self.root(*args)
+        _outside(TrainableModel._begin, self)
+        if not self._begun:
+            return _outside(self.root, *args)  # the first batch decides where learned grids begin
+        out = self.root(*args)
+        _outside(TrainableModel._end, self)
+        return out
 
     def _begin(self) -> None:
         """What comes before each forward."""
         finite.require_finite(self, self.training)
+        self._begun = self._begun or all(t.ready for _, t in self._trackers())
         if self.training and self.phase == QAT:
             if self.hold_at is not None and not self.batch_norm_frozen and int(self.steps) >= self.hold_at:
                 self._hold(True)
             self.steps += 1
+
+    def _end(self) -> None:
+        """What comes after a compiled forward: the errors that it could not raise."""
+        watched = [(grid, t.observer.bad) for grid, t in self._trackers()] if self.training else []
+        if watched and bool(torch.stack([bad for _, bad in watched]).any()):
+            raise CalibrationError(EXPLODED, where=next(grid for grid, bad in watched if bool(bad)), way_out=LOOK)
+
+    def _trackers(self) -> Iterator[tuple[str, Tracker]]:
+        """Each grid's name and tracker."""
+        return ((m.grid, m.tracker) for m in self.modules() if isinstance(m, TrackedFakeQuantize) and m.first)
 
     def explain_nan(self, *args: Any) -> str:
         """Where NaN or infinity first appears: in a parameter, a statistic or the value of a node, when a copy of the model runs on ``args``."""
@@ -212,6 +240,7 @@ class TrainableModel(CompiledModel):
         """
         if state["scheme"] != self.scheme.name:
             raise FxqError(f"the checkpoint is of scheme {state['scheme']!r}, the model of {self.scheme.name!r}", way_out="Compile the model with that scheme")
+        self._begun = False
         self.phase, self.hold_at = state["phase"], state.get("hold_at")
         self._hold(self.hold_at is not None and int(self.steps) >= self.hold_at)
         for m in self.modules():

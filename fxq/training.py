@@ -192,8 +192,8 @@ class TrainedLayer(Normed, Quantized):
         if self.by_batch:
             fold = folded(self.bn)
             assert fold is not None
-            factor = fold[0].detach().to(x.dtype)
-            factor = torch.where(factor.abs() < LEAST_FACTOR, torch.ones_like(factor), factor)
+            factor = fold[0].detach().to(op.weight.dtype)
+            factor = numerics.kept(torch.where(factor.abs() < LEAST_FACTOR, torch.ones_like(factor), factor))
             weight = op.weight * along_weight(op, factor)
             qp, _ = self.grids(weight, None)
             y = call_with(op, x, numerics.fake_quantize(weight, qp), None)

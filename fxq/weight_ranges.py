@@ -32,6 +32,8 @@ def weight_range(w: Tensor, spec: QuantSpec, observer: str = "minmax") -> tuple[
         SchemeError: for an unknown observer.
     """
     w = w.detach().to(torch.float32)
+    if torch.compiler.is_compiling() and observer not in ("minmax", "ema"):
+        return _SEARCH(w, str(spec), observer)  # type: ignore[no-any-return]
     if spec.block is not None and spec.axis is not None:
         moved = w.movedim(spec.axis, -1)
         cut = moved.reshape(*moved.shape[:-1], -1, spec.block)
@@ -48,6 +50,21 @@ def weight_range(w: Tensor, spec: QuantSpec, observer: str = "minmax") -> tuple[
     elif observer not in observers.CLASSES:
         raise SchemeError(f"unknown observer {observer!r}", way_out=nearest(observer, observers.CLASSES))
     return (lo[0], hi[0]) if spec.axis is None else (lo, hi)
+
+
+def _search(w: Tensor, spec: str, observer: str) -> tuple[Tensor, Tensor]:
+    lo, hi = weight_range(w, QuantSpec.parse(spec), observer)
+    return lo.clone(), hi.clone()
+
+
+def _shapes(w: Tensor, spec: str, observer: str) -> tuple[Tensor, Tensor]:
+    axis = QuantSpec.parse(spec).axis
+    return (w.new_empty(()), w.new_empty(())) if axis is None else (w.new_empty(w.shape[axis]), w.new_empty(w.shape[axis]))
+
+
+_SEARCH = torch.library.custom_op("fxq::weight_range", _search, mutates_args=(), schema="(Tensor w, str spec, str observer) -> (Tensor, Tensor)")
+"""A search is one operation to ``torch.compile``. Grids in blocks, which are not trained, are not for it."""
+_SEARCH.register_fake(_shapes)
 
 
 def _one_channel(row: Tensor, spec: QuantSpec, observer: str) -> tuple[Tensor, Tensor]:
