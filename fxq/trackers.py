@@ -350,16 +350,17 @@ class TrackedFakeQuantize(FakeQuantize):
     def forward(self, x: Tensor) -> Tensor:
         if self.moves:
             return x
+        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x  # under autocast
         try:
             if self.training:
-                self.tracker.see(x, part=not self.first)
+                self.tracker.see(wide, part=not self.first)
             else:
                 self.tracker.settle()
         except CalibrationError as e:
             raise CalibrationError(e.fact, where=self.grid, way_out=e.way_out) from e
         if not self.quantizing:  # the activation that the grid absorbed stays
             return x if self.tracker.clamp is None else x.clamp(*self.tracker.clamp)
-        return self.tracker.round(x)
+        return self.tracker.round(wide).to(x.dtype)
 
     def deployed(self, qparams: QParams | None = None) -> FakeQuantize:
         """The fake-quantizer of the deployed model. ``qparams``: the grid as the target keeps it, where it is another."""

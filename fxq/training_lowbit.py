@@ -128,7 +128,7 @@ class EstimatedLayer(Normed, Quantized):
         codes, scale = self.estimator.codes(op.weight)
         rows = numerics.along(scale.clamp(min=numerics.TINY), self.estimator.axis, codes.ndim)
         smooth = self.estimator(op.weight) / rows
-        dot = call_with(op, x, codes + (smooth - smooth.detach()), None) / self.source.scale
+        dot = call_with(op, x, codes + (smooth - smooth.detach()), None).to(codes.dtype) / self.source.scale
         shape = [-1] if isinstance(op, nn.Linear) else [1, -1, *([1] * (dot.ndim - 2))]
         factor, bias = self._fold()
         alpha = (scale * self.source.scale).expand(self.weight_grid.scale.shape)
