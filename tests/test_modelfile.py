@@ -61,13 +61,15 @@ def test_a_compiled_model_comes_back(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["iao_w8a8", "iao_w8a8_lsq", "dorefa_w4a4_pact", "xnor_w1a1", "tbn_w1at", "iao_w8a8_plain"])
 def test_training_goes_on_where_it_was(name: str, tmp_path: Path) -> None:
     q = fxq.compile(net(), name, mode="qat", calibration=X, progress=False).train()
+    assert isinstance(q, TrainableModel)
+    q.freeze_batch_norm(after=3)  # one step after the file is read
     steps(q, 1)
     again = fxq.load(fxq.save(q, tmp_path / "q.fxq"))
     assert isinstance(again, TrainableModel) and again.training and again.phase == "qat"
     for model in (q, again):
         steps(model, 2)
     assert same_state(q, again)
-    assert isinstance(q, TrainableModel)
+    assert q.batch_norm_frozen and again.batch_norm_frozen
     frozen = fxq.load(fxq.save(q.freeze(), tmp_path / "frozen.fxq"))
     for model in (q, frozen):
         steps(model, 3)
