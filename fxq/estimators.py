@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
 
 import torch
@@ -15,7 +16,7 @@ from fxq.weight_ranges import weight_range
 LEAST_STEP = 1e-8
 
 
-class Estimator(nn.Module):
+class Estimator(nn.Module, ABC):
     """Base of the weight estimators.
 
     ``forward(w)`` gives the values, shape of ``w``; :meth:`codes` gives integers (dtype of ``w``) and a scale, rank 0 or ``[C]`` along ``axis``, whose product
@@ -33,13 +34,13 @@ class Estimator(nn.Module):
         self.axis, self.top, self.frozen = axis, top, False
         self.register_buffer("fixed", torch.ones_like(scale))
 
+    @abstractmethod
     def live(self, w: Tensor) -> Tensor:
         """Values, differentiable."""
-        raise NotImplementedError
 
+    @abstractmethod
     def live_codes(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and scale, no gradient."""
-        raise NotImplementedError
 
     def mask(self, w: Tensor) -> Tensor:
         """Where the gradient passes when the scale is fixed."""
@@ -132,9 +133,9 @@ class DoReFaEstimator(Estimator):
 class _Rounded(Estimator):
     """Weights rounded to the nearest multiple of a step."""
 
+    @abstractmethod
     def step(self, w: Tensor) -> Tensor:
         """The step in use, rank 0 or ``[C]``."""
-        raise NotImplementedError
 
     def live(self, w: Tensor) -> Tensor:
         return lowbit.learned_step(w, self.step(w), -self.top, self.top, axis=self.axis)
