@@ -91,11 +91,11 @@ class _Watch(Interpreter):
 
 def explain(gm: GraphModule, *args: Any) -> str:
     """Where NaN or infinity first appears: in a parameter, in a statistic, or in a value when the graph runs on ``args`` (in its mode: buffers may change)."""
+    watch = _Watch(gm)
     try:
         require_finite(gm)
-        watch = _Watch(gm)
         with torch.no_grad(), distributed.alone():
             watch.run(*args)
     except FxqError as e:
-        return str(e)
+        return watch.found or str(e)
     return watch.found or "all values are finite: the loss is what overflows"

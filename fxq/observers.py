@@ -24,7 +24,20 @@ from fxq.spec import QuantSpec
 SAMPLE = 1 << 17
 BINS = 2048
 _FLOAT32_SAFE = 1e37
-EXPLODED, LOOK = "the value holds NaN or infinity", "Look at the inputs and at the layer before it"
+
+
+def _finite(own_lo: Tensor, own_hi: Tensor, lo: Tensor, hi: Tensor, where: str) -> tuple[Tensor, Tensor]:
+    low, high = float(lo), float(hi)
+    if not math.isfinite(high - low):
+        place = " in another process" if math.isfinite(float(own_hi) - float(own_lo)) else ""
+        raise CalibrationError(f"the value holds NaN or infinity{place}", where=where or None, way_out="Look at the inputs and at the layer before it")
+    return lo.clone(), hi.clone()
+
+
+_SCHEMA = "(Tensor own_lo, Tensor own_hi, Tensor lo, Tensor hi, str where) -> (Tensor, Tensor)"
+_FINITE = torch.library.custom_op("fxq::finite", _finite, mutates_args=(), schema=_SCHEMA)
+"""The check as one operation of a compiled graph, which so raises what an uncompiled one does."""
+_FINITE.register_fake(lambda own_lo, own_hi, lo, hi, where: (torch.empty_like(lo), torch.empty_like(hi)))
 
 
 class Observer(nn.Module):
@@ -34,7 +47,7 @@ class Observer(nn.Module):
         lo, hi: exact extremes so far, float32, rank 0.
         has_data: bool, rank 0.
         frozen: when True, :meth:`observe` changes nothing.
-        bad: bool, rank 0, set while a compiled graph runs, which cannot raise: the batch held NaN or infinity, and changed nothing else.
+        where: what it observes, for errors.
         together: each tensor counts as one with those that the other processes observe in this call (see :mod:`fxq.distributed`).
 
     Raises:
@@ -44,7 +57,7 @@ class Observer(nn.Module):
     lo: Tensor
     hi: Tensor
     has_data: Tensor
-    bad: Tensor
+    where: str = ""
 
     def __init__(self, spec: QuantSpec) -> None:
         super().__init__()
@@ -54,7 +67,6 @@ class Observer(nn.Module):
         self.register_buffer("lo", torch.zeros(()))
         self.register_buffer("hi", torch.zeros(()))
         self.register_buffer("has_data", torch.zeros((), dtype=torch.bool))
-        self.register_buffer("bad", torch.zeros((), dtype=torch.bool), persistent=False)
 
     def observe(self, x: Tensor, part: bool = False) -> None:
         """Take in one tensor of any shape and float type; an empty one counts for nothing.
@@ -66,23 +78,15 @@ class Observer(nn.Module):
         Raises:
             CalibrationError: when it holds NaN or infinity, in all processes that observe together; the state is then unchanged.
         """
-        if self.frozen or (x.numel() == 0 and not self.together):
+        if self.frozen or (x.numel() == 0 and not (self.together and distributed.world() > 1)):
             return
         x = _in_memory_order(x.detach().to(torch.float32))
         lo, hi = torch.aminmax(x) if x.numel() else (x.new_full((), math.inf), x.new_full((), -math.inf))
-        own = hi - lo
-        if self.together:
-            lo, hi = distributed.extremes(lo, hi)
-        if torch.compiler.is_compiling():
-            bad = ~torch.isfinite(hi.double() - lo.double())
-            self.bad.copy_(self.bad | bad if part else bad)
-        else:
-            low, high = float(lo), float(hi)
-            if (low, high) == (math.inf, -math.inf):
-                return
-            if not math.isfinite(high - low):
-                place = " in another process" if distributed.world() > 1 and math.isfinite(float(own)) else ""
-                raise CalibrationError(EXPLODED + place, way_out=LOOK)
+        least, greatest = distributed.extremes(lo, hi) if self.together else (lo, hi)
+        if not x.numel() and not torch.compiler.is_compiling() and bool(least > greatest):
+            return  # no process has a value
+        check = _FINITE if torch.compiler.is_compiling() else _finite
+        lo, hi = check(lo, hi, least, greatest, self.where)
         self._take(x, lo, hi, part)
         self.has_data.fill_(True)
 
@@ -149,9 +153,9 @@ class MovingAverage(Observer):
         else:
             self.before.copy_(torch.stack([self.lo, self.hi]))
             self.batches += 1
-        self.batch.copy_(torch.where(self.bad, self.batch, ends))
+        self.batch.copy_(ends)
         now = share(self.batches, self.momentum)
-        average = torch.where(self.bad, self.before.double(), (1 - now) * self.before.double() + now * self.batch.double())
+        average = (1 - now) * self.before.double() + now * self.batch.double()
         self.lo.copy_(average[0])
         self.hi.copy_(average[1])
 

@@ -35,7 +35,7 @@ class MeanMagnitude(Observer):
         self.batches += 1
         now = share(self.batches, self.momentum)
         mean = distributed.mean(x.abs()) if self.together else x.abs().mean()
-        self.hi.copy_(torch.where(self.bad, self.hi, ((1 - now) * self.hi.double() + now * mean.double()).to(self.hi.dtype)))
+        self.hi.copy_((1 - now) * self.hi.double() + now * mean.double())
 
     def _join(self, other: Observer) -> None:
         assert isinstance(other, MeanMagnitude)
@@ -330,6 +330,7 @@ class TrackedFakeQuantize(FakeQuantize):
         self.first, self.moves = first, moves
         if first:
             self.own = tracker
+            tracker.observer.where = grid
         self._tracker = [tracker]
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +13,11 @@ from torch._compile import _disable_dynamo
 
 from fxq import finite
 from fxq.compiled import CompiledModel
-from fxq.errors import CalibrationError, FxqError, LoweringError
+from fxq.errors import FxqError, LoweringError
 from fxq.estimators import Estimator
 from fxq.graph import finish, grids, module_of, swap_module, walk
 from fxq.lowering import Artifact
 from fxq.modules import WEIGHTED
-from fxq.observers import EXPLODED, LOOK
 from fxq.snapshot import History, take
 from fxq.trackers import Sign, TrackedFakeQuantize, Tracker
 from fxq.training import FloatLayer, FloatNorm, Normed, TrainedLayer, unsigned_where
@@ -64,28 +63,16 @@ class TrainableModel(CompiledModel):
         _outside(TrainableModel._begin, self)
         if not self._begun:
             return _outside(self.root, *args)  # the first batch decides where learned grids begin
-        out = self.root(*args)
-        _outside(TrainableModel._end, self)
-        return out
+        return self.root(*args)
 
     def _begin(self) -> None:
         """What comes before each forward."""
         finite.require_finite(self, self.training)
-        self._begun = self._begun or all(t.ready for _, t in self._trackers())
+        self._begun = self._begun or all(m.ready for m in self.modules() if isinstance(m, Tracker))
         if self.training and self.phase == QAT:
             if self.hold_at is not None and not self.batch_norm_frozen and int(self.steps) >= self.hold_at:
                 self._hold(True)
             self.steps += 1
-
-    def _end(self) -> None:
-        """What comes after a compiled forward: the errors that it could not raise."""
-        watched = [(grid, t.observer.bad) for grid, t in self._trackers()] if self.training else []
-        if watched and bool(torch.stack([bad for _, bad in watched]).any()):
-            raise CalibrationError(EXPLODED, where=next(grid for grid, bad in watched if bool(bad)), way_out=LOOK)
-
-    def _trackers(self) -> Iterator[tuple[str, Tracker]]:
-        """Each grid's name and tracker."""
-        return ((m.grid, m.tracker) for m in self.modules() if isinstance(m, TrackedFakeQuantize) and m.first)
 
     def explain_nan(self, *args: Any) -> str:
         """Where NaN or infinity first appears: in a parameter, a statistic or the value of a node, when a copy of the model runs on ``args``."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxq import distributed, observers
+from fxq import distributed, numerics
 from fxq.errors import FxqError
 from fxq.spec import QuantSpec
 from tests import distributed_worker as worker
@@ -101,7 +101,7 @@ def test_calibration_merges_the_observers(ranks: list[dict[str, Any]], name: str
     elif name == "ema":
         a, b = (worker.moving(s) for s in (worker.batches()[:3], worker.batches()[3:]))
         a.merge(b)
-        assert torch.equal(two[0]["root.x_q.scale"], observers.numerics.choose_qparams(*a.range(), QuantSpec.parse("u8/pt")).scale)
+        assert torch.equal(two[0]["root.x_q.scale"], numerics.choose_qparams(*a.range(), QuantSpec.parse("u8/pt")).scale)
     else:
         assert all(far(two[0][k], one[k]) < 0.03 for k in far_off)
 
