@@ -104,12 +104,15 @@ class TrainableModel(CompiledModel):
         return self.phase == QAFT or self._held
 
     def _hold(self, held: bool) -> None:
-        self._held = held
+        was, self._held = self.batch_norm_frozen, held
+        if was or held:
+            self._still()
+
+    def _still(self) -> None:
+        """Batch norms whose statistics stay are in eval mode."""
         for m in self.modules():
-            if isinstance(m, Normed):
-                m.held = held
-            elif held and isinstance(m, nn.modules.batchnorm._BatchNorm):
-                m.eval()
+            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                m.train(self.training and not self.batch_norm_frozen)
 
     @property
     def sync_batch_norm(self) -> bool:
@@ -138,18 +141,15 @@ class TrainableModel(CompiledModel):
         for m in list(self.modules()):
             if isinstance(m, LAYERS):
                 m.freeze()
-            elif isinstance(m, nn.modules.batchnorm._BatchNorm):
-                m.eval()
         self.phase = QAFT
+        self._still()
         return self
 
     def train(self, mode: bool = True) -> TrainableModel:
         """As in torch; batch norms whose statistics are fixed stay in eval mode."""
         super().train(mode)
         if self.batch_norm_frozen:
-            for m in self.modules():
-                if isinstance(m, nn.modules.batchnorm._BatchNorm):
-                    m.eval()
+            self._still()
         return self
 
     def anneal(self, sharpness: float) -> None:
@@ -227,9 +227,11 @@ class TrainableModel(CompiledModel):
         """
         if state["scheme"] != self.scheme.name:
             raise FxqError(f"the checkpoint is of scheme {state['scheme']!r}, the model of {self.scheme.name!r}", way_out="Compile the model with that scheme")
-        self._begun = False
+        was, self._begun = self.batch_norm_frozen, False
         self.phase, self.hold_at = state["phase"], state.get("hold_at")
-        self._hold(self.hold_at is not None and int(self.steps) >= self.hold_at)
+        self._held = self.hold_at is not None and int(self.steps) >= self.hold_at
+        if was or self.batch_norm_frozen:
+            self._still()
         for m in self.modules():
             if isinstance(m, TrackedFakeQuantize):
                 m.tracker.fix(self.phase == QAFT)

@@ -32,19 +32,17 @@ class Normed(nn.Module):
     Attributes:
         bn: the batch norm, or ``None``.
         frozen: nothing but parameters changes any more.
-        held: the statistics of the batch norm stay, and training uses them.
         together: batch statistics are those of all processes (:func:`fxq.distributed.batch_norm`).
     """
 
     bn: nn.Module | None
     frozen: bool = False
-    held: bool = False
     together: bool = True
 
     @property
     def by_batch(self) -> bool:
-        """The batch norm takes the statistics of the batch."""
-        return self.bn is not None and self.training and not self.frozen and not self.held
+        """The batch norm takes the statistics of the batch: in training mode, unless it itself is in eval mode."""
+        return self.bn is not None and self.training and self.bn.training and not self.frozen
 
     def normed(self, x: Tensor) -> Tensor:
         """``bn(x)``, by the statistics of the batch or by those that stay."""

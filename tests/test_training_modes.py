@@ -83,6 +83,19 @@ def test_a_run_resumes_on_both_sides_of_that_step(saved: int, tmp_path: Path) ->
         assert same(state(q), state(whole)) and q.batch_norm_frozen
 
 
+def test_an_earlier_checkpoint_lets_them_move_again() -> None:
+    q = qat("iao_w8a8").train().freeze_batch_norm(after=1)
+    run(q, 0, 1)
+    early = copy.deepcopy(q.state_dict())
+    early["_extra_state"]["hold_at"] = None
+    run(q, 1, 1)
+    assert q.batch_norm_frozen
+    q.load_state_dict(early)
+    before = statistics(q)
+    run(q, 1, 1)
+    assert not q.batch_norm_frozen and not any(torch.equal(v, statistics(q)[k]) for k, v in before.items())
+
+
 def test_a_checkpoint_without_a_count_begins_at_zero() -> None:
     old = qat("iao_w8a8").state_dict()
     del old["steps"], old["_extra_state"]["hold_at"]
@@ -153,9 +166,13 @@ def test_held_training_mode_computes_what_eval_mode_does() -> None:
     q = qat("iao_w8a8").train()
     run(q, 0, 2)
     q.freeze_batch_norm()
+    layer, x = at(q, "root.b"), torch.randn(8, 6, 10, 10)
     with torch.no_grad():
-        trained = q(X)
-        assert torch.equal(q.eval()(X), trained), "the grids that the batch moved, the same statistics, int32 biases included"
+        trained, raw = q(X), layer(x)
+        assert torch.equal(q.eval()(X), trained) and torch.equal(layer(x), raw), "the grids that the batch moved, the same statistics, int32 biases included"
+        q.train()
+        layer.bn.train()
+        assert not torch.equal(layer(x), raw)
 
 
 class Opaque(nn.Module):
