@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxq import distributed, numerics
+from fxq.errors import CalibrationError
 from fxq.folding import fold_back
 from fxq.modules import FakeQuantize, Quantized, Wrapper, call_with
 from fxq.spec import QParams, QuantSpec
@@ -172,13 +173,22 @@ class TrainedLayer(Normed, Quantized):
             return lo, hi
         return ends[0].clone(), ends[1].clone()
 
+    def _weight_qparams(self, weight: Tensor) -> QParams:
+        lo, hi = self._range(weight)
+        if torch.compiler.is_compiling():
+            return numerics.choose_qparams(lo, hi, self.weight_grid.spec)
+        try:
+            return numerics.choose_qparams(lo, hi, self.weight_grid.spec)
+        except CalibrationError as e:  # finite parameters whose product with the fold factor is not
+            way_out = "Lower the learning rate, or clip the gradients; load the last good checkpoint"
+            raise CalibrationError("the weight is NaN or infinite", where=self.path or None, way_out=way_out) from e
+
     def grids(self, weight: Tensor, bias: Tensor | None) -> tuple[QParams, QParams | None]:
         """Grids of a weight and of its int32 bias; of the frozen layer those that were fixed."""
         if self.frozen:
             return self.weight_grid.qparams, None if self.bias_grid is None else self.bias_grid.qparams
         with torch.no_grad():
-            lo, hi = self._range(weight.detach())
-            qp = numerics.choose_qparams(lo, hi, self.weight_grid.spec)
+            qp = self._weight_qparams(weight.detach())
             source = self._source[0]
             if bias is None or source is None:
                 return qp, None
