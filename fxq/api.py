@@ -128,7 +128,7 @@ def compile(
         )
     if calibration is None and example is None:
         raise CalibrationError("the shapes are not known", way_out="Pass example= with one batch of inputs, or calibration=")
-    with distributed.meeting():
+    with distributed.meeting(sch.method == "static"):
         spare = example if distributed.world() > 1 else None
         data = Batches(calibration if calibration is not None else [example], net, limit=batches, spare=spare)
         left = tuple(skip) if isinstance(skip, Sequence) and not isinstance(skip, str) else (skip,)

@@ -56,9 +56,9 @@ def alone() -> Iterator[None]:
 
 
 @contextmanager
-def meeting() -> Iterator[None]:
-    """An error that one process has inside, before its first :func:`gather`, becomes an error of all processes."""
-    _STATE.met = False
+def meeting(expected: bool = True) -> Iterator[None]:
+    """An error that one process has inside, before its first :func:`gather`, becomes an error of all processes. ``expected``: there will be one."""
+    _STATE.met = not expected
     try:
         yield
     except Exception as e:

@@ -166,12 +166,11 @@ class TrainedLayer(Normed, Quantized):
         if self.observer != "ema":
             return lo, hi
         ends: Tensor = self.weight_ends  # type: ignore[assignment]
+        now = torch.stack([lo, hi])
+        average = numerics.kept(torch.where(torch.isnan(ends), now, torch.lerp(ends, now, WEIGHT_MOMENTUM) if self.training else ends))
         if self.training:
-            now = torch.stack([lo, hi])
-            ends.copy_(torch.where(torch.isnan(ends), now, torch.lerp(ends, now, WEIGHT_MOMENTUM)))
-        elif bool(torch.isnan(ends).any()):
-            return lo, hi
-        return ends[0].clone(), ends[1].clone()
+            ends.copy_(average)
+        return average[0], average[1]
 
     def _weight_qparams(self, weight: Tensor) -> QParams:
         lo, hi = self._range(weight)

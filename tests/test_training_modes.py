@@ -278,7 +278,7 @@ class Small(nn.Module):
         return self.fc(F.relu(x + self.bn_b(self.b(x))).mean((2, 3)))  # type: ignore[no-any-return]
 
 
-def small(name: str) -> TrainableModel:
+def small(name: Any) -> TrainableModel:
     torch.manual_seed(0)
     made = fxq.compile(Small().eval(), name, mode="qat", example=X[:2], progress=False)
     assert isinstance(made, TrainableModel)
@@ -349,9 +349,9 @@ def test_a_compiled_model_says_where_numbers_exploded(fresh_compiler: None) -> N
         compiled(X)
 
 
-def test_compiled_with_statistics_that_stay_and_autocast(fresh_compiler: None) -> None:
-    q = small("iao_w8a8").train().freeze_batch_norm(after=2)
-    plain, compiled = copy.deepcopy(q), torch.compile(q, backend="eager")
+def test_compiled_with_statistics_that_stay_autocast_and_averaged_ranges(fresh_compiler: None) -> None:
+    q = small(replace(schemes.get("iao_w8a8"), name="ema_weights", weight_observer="ema")).train().freeze_batch_norm(after=2)
+    plain, compiled = copy.deepcopy(q), torch.compile(q, backend=PARTITIONED)
     for step in range(4):
         x, y = batch(step, 0, 1, False)
         with torch.autocast("cpu", torch.bfloat16):
