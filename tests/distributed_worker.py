@@ -197,6 +197,17 @@ def uneven(rank: int, world: int, sizes: tuple[int, ...], together: bool = True)
     return state(q)
 
 
+def compiled(rank: int, world: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Two steps of DDP after a first one, with ``torch.compile`` and without."""
+    states = []
+    for wanted in (True, False):
+        q = qat("xnor_w1a1").train()
+        module = wrapped(q, world, True)
+        steps(torch.compile(module, backend="eager") if wanted else module, q, 0, 3, rank, world, False)  # type: ignore[arg-type]
+        states.append(state(q))
+    return states[0], states[1]
+
+
 def moving(share: list[Tensor]) -> MovingAverage:
     observer = MovingAverage(QuantSpec.parse("u8/pt"))
     for x in share:
@@ -220,6 +231,7 @@ def main(store: str, rank: int, world: int, out: Path) -> None:
     results["alone"] = alone(rank)
     results["uneven"], results["empty"] = uneven(rank, world, (5, 3)), uneven(rank, world, (8, 0))
     results["apart"] = uneven(rank, world, (4, 4), together=False)
+    results["compiled"] = compiled(rank, world)
     torch.save(results, out)
     dist.barrier()
     dist.destroy_process_group()

@@ -149,6 +149,12 @@ def test_batch_norms_apart(ranks: list[dict[str, Any]]) -> None:
     assert torch.equal(a["root.a_q.own.scale"], b["root.a_q.own.scale"])
 
 
+def test_compiled_in_ddp(ranks: list[dict[str, Any]]) -> None:
+    for compiled, plain in (r["compiled"] for r in ranks):
+        assert all(far(v, plain[k]) < 1e-5 for k, v in compiled.items())
+    assert equal(ranks[0]["compiled"][0], ranks[1]["compiled"][0])
+
+
 def test_one_process_sends_nothing() -> None:
     v = torch.randn(5)
     assert distributed.world() == 1 and distributed.gather(3) == [3]
