@@ -119,6 +119,7 @@ def test_corrected_biases_agree(ranks: list[dict[str, Any]]) -> None:
     ("what", "first", "second"),
     [
         ("input", "CalibrationError: x: the value holds NaN or infinity in another process", "CalibrationError: x: the value holds NaN or infinity. Look"),
+        ("weight", "CalibrationError: a parameter or statistic of another process is NaN or infinite. Lower", "CalibrationError: b: the weight is NaN"),
         ("calibration", "FxqError: the process of rank 1 failed: batch 1 holds NaN or infinity", "CalibrationError: batch 1 holds NaN or infinity"),
         ("no data", "FxqError: the process of rank 1 failed: the calibration data is empty", "CalibrationError: the calibration data is empty"),
         ("two nets", "CalibrationError: calibrate: the process of rank 1 calibrates another model", "CalibrationError: calibrate: the process of rank 0"),
