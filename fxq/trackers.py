@@ -5,6 +5,7 @@ A tracker holds one grid; values that share the grid share it. State lies in buf
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -136,7 +137,7 @@ class Tracker(nn.Module):
         return f"{self.qparams}{', frozen' if self.frozen else ''}"
 
 
-class _Learned(Tracker):
+class _Learned(Tracker, ABC):
     """A tracker with parameters: the first batch sets them, then the optimizer does; the buffers follow."""
 
     def see(self, x: Tensor, part: bool) -> None:
@@ -153,9 +154,9 @@ class _Learned(Tracker):
         self.update()
         self.start(self.qparams)
 
+    @abstractmethod
     def follow(self) -> None:
         """Copy the grid of the parameters into the buffers."""
-        raise NotImplementedError
 
     def settle(self) -> None:
         if not self.frozen:
