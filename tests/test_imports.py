@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "fxq"
 
 STREET: tuple[tuple[str, ...], ...] = (
     ("errors", "heap", "progress"),
-    ("spec", "distributed"),
+    ("spec", "distributed", "selection"),
     ("numerics", "schemes", "convolutions"),
     ("modules", "observers", "targets", "lowbit"),
     ("graph", "lowering", "tracers", "calibration", "weight_ranges"),
