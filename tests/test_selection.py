@@ -31,6 +31,10 @@ def test_ties_spread_evenly() -> None:
     assert units(select([pool([1.0] * 4), pool([1.0] * 2)], 0.5)) == [[0, 1], [0]]
 
 
+def test_ties_spread_by_the_place_in_the_pool_not_by_the_index() -> None:
+    assert units(select([pool([1.0] * 2), pool([1.0] * 8)], 0.5)) == [[0], [0, 1, 2, 3]]
+
+
 def test_ties_go_by_place_then_pool() -> None:
     assert units(select([pool([1.0] * 8), pool([1.0] * 8)], 7 / 16)) == [[0, 1, 2, 3, 4], [0, 1, 2, 3]]
 
@@ -64,6 +68,11 @@ def test_reserved_units_stay_and_lift_the_count_of_every_cell() -> None:
 def test_reserved_units_come_first_in_the_global_ranking() -> None:
     p = pool([1.0, 9, 8, 7], reserved=np.array([True, False, False, False]))
     assert units(select([p, pool([6.0, 5, 4, 3])], 0.5)) == [[0, 1, 2], [0]]
+
+
+def test_reserved_units_count_in_the_global_number() -> None:
+    p = pool([0.0, 0.1, 0.2, 0.3], reserved=np.array([True, True, False, False]))
+    assert units(select([p, pool([6.0, 5, 4, 3])], 0.5)) == [[0, 1], [0, 1]]
 
 
 def test_floor_and_cap_round_inward() -> None:
