@@ -13,7 +13,7 @@ STREET: tuple[tuple[str, ...], ...] = (
     ("numerics", "schemes", "convolutions"),
     ("modules", "observers", "targets", "lowbit"),
     ("graph", "lowering", "tracers", "calibration", "weight_ranges"),
-    ("trackers", "estimators", "graph_json", "shapes", "snapshot", "folding", "kernels", "layerwise", "routing", "concrete", "exported", "parts"),
+    ("trackers", "estimators", "graph_json", "shapes", "snapshot", "folding", "kernels", "layerwise", "routing", "concrete", "exported", "parts", "costs"),
     ("verify", "canonical", "trace"),
     ("pipeline", "canonical_math", "canonical_chains", "canonical_index", "canonical_reduce", "canonical_shape", "constants", "inline"),
     ("canonical_layers", "canonical_attention", "forms", "forms_shuffle", "forms_tidy", "forms_unpack", "placement", "training", "finite"),
