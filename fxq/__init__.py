@@ -18,10 +18,14 @@ _PUBLIC = {
     "QParams": "fxq.spec",
     "FxqError": "fxq.errors",
 }
+_MODULES = ("sparsity",)
+"""Modules that a user names behind ``import fxq`` alone."""
 __all__ = [*_PUBLIC, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"fxq.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'fxq' has no attribute {name!r}")
     return getattr(importlib.import_module(_PUBLIC[name]), name)

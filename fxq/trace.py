@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from fxq import exported, parts
+from fxq import exported, parts, weight_masks
 from fxq.concrete import ConcreteTracer, OneBatchOnly
 from fxq.errors import TraceError
 from fxq.tracers import SymbolicTracer, fault_of, first_line, input_names, quiet, timm_leaves, trace
+from fxq.weight_masks import MASKED
 
 RUNGS = ("symbolic", "concrete", "export", "submodules")
 """The ladder, in order."""
@@ -62,7 +63,8 @@ def capture(
 
     The rungs are tried in order: ``torch.fx`` tracing; tracing with values from the example for control flow that depends on
     shapes; non-strict ``torch.export``; the traceable submodules of a model that cannot be traced as a whole. A graph has one
-    placeholder per example input; further arguments of ``forward`` keep their defaults.
+    placeholder per example input; further arguments of ``forward`` keep their defaults. Weight masks (:func:`fxq.sparsity.sparsify`) are written into the
+    weights, which training keeps at 0.
 
     Args:
         model: any module; it is copied, not changed, and captured in eval mode. A GraphModule or an ExportedProgram is taken as it is.
@@ -79,8 +81,12 @@ def capture(
         raise TraceError(f"unknown rung {unknown[0]!r}", way_out=f"The rungs are {', '.join(RUNGS)}")
     root = copied(exported.program_module(model) if isinstance(model, ExportedProgram) else model)
     leaves = tuple(leaf_modules)
+    marks = {MASKED: True} if weight_masks.baked(root) else {}
     if isinstance(root, GraphModule):
-        return _given(root, example, check)
+        given = _given(root, example, check)
+        assert given.gm is not None
+        given.gm.meta.update(marks)
+        return given
     whole: dict[str, Callable[[], Iterator[tuple[GraphModule, tuple[str, ...]]]]] = {
         "symbolic": lambda: _symbolic(root, example, leaves),
         "concrete": lambda: _concrete(root, example, leaves),
@@ -97,6 +103,7 @@ def capture(
             faults.append((where, what))
             notes.append(f"{rung}: {where}: {what}" if where else f"{rung}: {what}")
             continue
+        gm.meta.update(marks)
         return Captured(gm, rung, specialised, root, notes=tuple(notes))
     if "submodules" in rungs:
         found = _in_parts(root, example, leaves, notes)

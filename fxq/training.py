@@ -6,6 +6,7 @@ Three switches, independent of ``train()`` and ``eval()``: a tracker observes or
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from fxq.folding import fold_back
 from fxq.modules import FakeQuantize, Quantized, Wrapper, call_with
 from fxq.spec import QParams, QuantSpec
 from fxq.trackers import Tracker
+from fxq.weight_masks import masked
 from fxq.weight_ranges import weight_range
 
 WEIGHT_MOMENTUM = 0.1
@@ -34,11 +36,42 @@ class Normed(nn.Module):
         bn: the batch norm, or ``None``.
         frozen: nothing but parameters changes any more.
         together: batch statistics are those of all processes (:func:`fxq.distributed.batch_norm`).
+        weight_mask: bool buffer, False where the weight of ``op`` stays 0; ``None`` (and none in files from before there were masks): nowhere.
     """
 
+    op: nn.Module
     bn: nn.Module | None
     frozen: bool = False
     together: bool = True
+
+    def set_mask(self, mask: Tensor | None) -> None:
+        """Keep the weight at 0 where ``mask`` (bool, its shape) is False."""
+        self.register_buffer("weight_mask", mask)
+
+    @property
+    def kept_weight(self) -> Tensor:
+        """The weight of ``op``, 0 where it is masked, differentiable."""
+        op: Any = self.op
+        return masked(op.weight, self._buffers.get("weight_mask"))
+
+    def deployed(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of ``op`` with its batch norm folded, in float; the very numbers of :func:`fxq.folding.fold_back`."""
+        op: Any = self.op
+        weight, fold = self.kept_weight, folded(self.bn)
+        if fold is None:
+            return weight, op.bias
+        scale, shift = fold
+        bias = shift if op.bias is None else op.bias.double() * scale + shift
+        return (weight.double() * along_weight(op, scale)).to(weight.dtype), bias.to(weight.dtype)
+
+    def masked_op(self) -> nn.Module:
+        """``op``, or a copy whose weight holds the zeros of the mask."""
+        if self._buffers.get("weight_mask") is None:
+            return self.op
+        new: Any = copy.copy(self.op)
+        new._parameters = dict(new._parameters)
+        new.weight = nn.Parameter(self.kept_weight.detach())
+        return new  # type: ignore[no-any-return]
 
     @property
     def by_batch(self) -> bool:
@@ -95,8 +128,10 @@ class FloatLayer(Normed, Wrapper):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.by_batch:
-            return self.normed(torch.as_tensor(self.op(x)))
-        return call_with(self.op, x, *deployed(self.op, self.bn))
+            op: Any = self.op
+            plain = self._buffers.get("weight_mask") is None
+            return self.normed(torch.as_tensor(op(x)) if plain else call_with(op, x, self.kept_weight, op.bias))
+        return call_with(self.op, x, *self.deployed())
 
     def freeze(self) -> None:
         """Fix the statistics of the batch norm."""
@@ -104,8 +139,8 @@ class FloatLayer(Normed, Wrapper):
 
     def converted(self) -> nn.Module:
         """The deployed layer."""
-        fold = folded(self.bn)
-        return self.op if fold is None else fold_back(self.op, *(v.detach() for v in fold))
+        fold, op = folded(self.bn), self.masked_op()
+        return op if fold is None else fold_back(op, *(v.detach() for v in fold))
 
 
 def folded(bn: Any) -> tuple[Tensor, Tensor] | None:
@@ -123,17 +158,6 @@ def along_weight(op: Any, v: Tensor) -> Tensor:
         per = v.reshape(op.groups, 1, -1, *([1] * (op.weight.ndim - 2)))
         return per.expand(op.groups, op.weight.shape[0] // op.groups, *per.shape[2:]).reshape(op.weight.shape[0], -1, *per.shape[3:])
     return v.reshape(-1, *([1] * (op.weight.ndim - 1)))
-
-
-def deployed(op: Any, bn: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the layer with its batch norm folded, in float; the very numbers of :func:`fxq.folding.fold_back`."""
-    fold = folded(bn)
-    if fold is None:
-        return op.weight, op.bias
-    scale, shift = fold
-    weight = (op.weight.double() * along_weight(op, scale)).to(op.weight.dtype)
-    bias = shift if op.bias is None else op.bias.double() * scale + shift
-    return weight, bias.to(op.weight.dtype)
 
 
 class TrainedLayer(Normed, Quantized):
@@ -201,13 +225,13 @@ class TrainedLayer(Normed, Quantized):
             assert fold is not None
             factor = fold[0].detach().to(op.weight.dtype)
             factor = numerics.kept(torch.where(factor.abs() < LEAST_FACTOR, torch.ones_like(factor), factor))
-            weight = op.weight * along_weight(op, factor)
+            weight = self.kept_weight * along_weight(op, factor)
             qp, _ = self.grids(weight, None)
             y = call_with(op, x, numerics.fake_quantize(weight, qp), None)
             shape = [1, -1, *([1] * (y.ndim - 2))] if not isinstance(op, nn.Linear) else [-1]
             y = y / factor.reshape(shape)
             return self.normed(y if op.bias is None else y + op.bias.reshape(shape))
-        weight, bias = deployed(self.op, self.bn)
+        weight, bias = self.deployed()
         qp, bias_qp = self.grids(weight, bias)
         if bias is not None and bias_qp is not None:
             bias = numerics.fake_quantize(bias, bias_qp)
@@ -215,7 +239,7 @@ class TrainedLayer(Normed, Quantized):
 
     def freeze(self) -> None:
         """Fix the grids of the weight and bias and the statistics of the batch norm."""
-        weight, bias = deployed(self.op, self.bn)
+        weight, bias = self.deployed()
         qp, bias_qp = self.grids(weight, bias)
         self.weight_grid = FakeQuantize(qp)
         self.bias_grid = None if bias_qp is None else FakeQuantize(bias_qp)
@@ -225,9 +249,10 @@ class TrainedLayer(Normed, Quantized):
         """The deployed layer."""
         fold = folded(self.bn)
         with torch.no_grad():
-            weight, bias = deployed(self.op, self.bn)
+            weight, bias = self.deployed()
             qp, bias_qp = self.grids(weight, bias)
-            op = self.op if fold is None else fold_back(self.op, *(v.detach() for v in fold))
+            op = self.masked_op()
+            op = op if fold is None else fold_back(op, *(v.detach() for v in fold))
         return Quantized(op, qp, bias_qp)
 
 

@@ -58,7 +58,7 @@ class EstimatedLayer(Normed, Quantized):
     def forward(self, x: Tensor) -> Tensor:
         op: Any = self.op
         if self.bn is not None and self.training and not self.frozen:
-            return self.normed(call_with(op, x, self.estimator(op.weight), op.bias))
+            return self.normed(call_with(op, x, self.estimator(self.kept_weight), op.bias))
         return self._thresholded(x) if self.signs and self.source is not None else self._deployed(x)
 
     def _fold(self) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,7 @@ class EstimatedLayer(Normed, Quantized):
         factor, bias = self._fold()
         has_bias = op.bias is not None or self.bn is not None
         with torch.no_grad():
-            codes, scale = self.estimator.codes(op.weight)
+            codes, scale = self.estimator.codes(self.kept_weight)
             turned = torch.where(factor < 0, -1.0, 1.0)
             codes = codes * self.fine * along_weight(op, turned).to(codes.dtype)
             rows = (scale.double() / self.fine).expand(self.weight_grid.scale.shape) * self._per_row(factor.abs())
@@ -99,7 +99,7 @@ class EstimatedLayer(Normed, Quantized):
         codes, qp, bias, bias_qp = self.grids()
         weight = codes * numerics.along(qp.scale, self.estimator.axis, codes.ndim)
         if torch.is_grad_enabled() and (op.weight.requires_grad or self.bn is not None):
-            smooth = self.estimator(op.weight) * along_weight(op, self._fold()[0]).to(op.weight.dtype)
+            smooth = self.estimator(self.kept_weight) * along_weight(op, self._fold()[0]).to(op.weight.dtype)
             weight = weight + (smooth - smooth.detach())
         if bias is not None:
             bias = self._fold()[1].to(bias.dtype)  # differentiable
@@ -111,7 +111,7 @@ class EstimatedLayer(Normed, Quantized):
         op: Any = self.op
         assert self.source is not None
         with torch.no_grad():
-            _, scale = self.estimator.codes(op.weight)
+            _, scale = self.estimator.codes(self.kept_weight)
             alpha = (scale.double() * self.source.scale.double()).expand(self.weight_grid.scale.shape)
             zero = torch.zeros_like(alpha)
             bias = zero if op.bias is None else op.bias.double()
@@ -125,9 +125,9 @@ class EstimatedLayer(Normed, Quantized):
         """The output's real values, moved onto the side of 0 where the integer threshold puts them."""
         op: Any = self.op
         assert self.source is not None
-        codes, scale = self.estimator.codes(op.weight)
+        codes, scale = self.estimator.codes(self.kept_weight)
         rows = numerics.along(scale.clamp(min=numerics.TINY), self.estimator.axis, codes.ndim)
-        smooth = self.estimator(op.weight) / rows
+        smooth = self.estimator(self.kept_weight) / rows
         dot = call_with(op, x, codes + (smooth - smooth.detach()), None).to(codes.dtype) / self.source.scale
         shape = [-1] if isinstance(op, nn.Linear) else [1, -1, *([1] * (dot.ndim - 2))]
         factor, bias = self._fold()
@@ -140,8 +140,7 @@ class EstimatedLayer(Normed, Quantized):
 
     def freeze(self) -> None:
         """Fix the scales of the weight and the statistics of the batch norm."""
-        op: Any = self.op
-        self.estimator.freeze(op.weight)
+        self.estimator.freeze(self.kept_weight)
         self.frozen = True
 
     def converted(self) -> Quantized:
@@ -158,7 +157,7 @@ class EstimatedLayer(Normed, Quantized):
         """Codes and an int32 bias whose sum has the sign of ``direction d - threshold + 1/2``, and is never 0."""
         op: Any = self.op
         assert self.source is not None
-        codes, _ = self.estimator.codes(op.weight)
+        codes, _ = self.estimator.codes(self.kept_weight)
         threshold, direction = self.threshold()
         fine = max(2, self.fine)
         spec, zero = self.source.spec, int(self.source.zero_point)

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fxq.estimators import estimator
+from fxq.errors import SchemeError
+from fxq.estimators import DoReFaEstimator, SignEstimator, estimator
 from fxq.folding import bn_affine, fold_back
 from fxq.graph import grids, kind, module_of, swap_module, walk
 from fxq.kernels import moved
@@ -19,8 +20,9 @@ from fxq.pipeline import Pass, PassContext
 from fxq.schemes import S8N
 from fxq.spec import QParams
 from fxq.trackers import Clip, TrackedFakeQuantize, Tracker, tracker
-from fxq.training import FloatLayer, FloatNorm, TrainedLayer
+from fxq.training import FloatLayer, FloatNorm, Normed, TrainedLayer
 from fxq.training_lowbit import EstimatedLayer, is_binary
+from fxq.weight_masks import MASKED, mask_of
 
 INT8_MAX = S8N.qmax
 NO_KERNEL = "8-bit DoReFa weights have odd codes to 255, which no integer kernel takes: it runs in float between its Q/DQ (7 bits run in integers)"
@@ -29,6 +31,9 @@ NO_KERNEL = "8-bit DoReFa weights have odd codes to 255, which no integer kernel
 @dataclass(frozen=True)
 class PrepareTraining(Pass):
     """Give each grid a tracker and each quantized layer its float weight and the batch norm that ``fold-bn`` took away.
+
+    Of a model with weight masks each layer keeps its weight at 0 where it is 0 now (:func:`fxq.weight_masks.mask_of`): found anew from the weight, which
+    every pass before may have reordered, and with the batch norm outside.
 
     Attributes:
         calibrated: the grids come from data and are where the trackers begin; otherwise the first training batch sets them. With signs in the net
@@ -65,20 +70,31 @@ class PrepareTraining(Pass):
         for node, _ in walk(gm, *WEIGHTED):
             layer = module_of(gm, node)
             if isinstance(layer, Quantized) and (node.meta.get("integer") or ctx.scheme.trains):
-                swap_module(gm, node, self._layer(gm, node, layer, ctx))
-                changed += 1
+                trained: Normed | None = self._layer(gm, node, layer, ctx)
             elif not isinstance(layer, Quantized):
-                op, bn = self._unfolded(gm, node, layer, ctx)
-                if bn is not None:
-                    swap_module(gm, node, FloatLayer(op, bn))
-                    changed += 1
+                trained = self._float(gm, node, layer, ctx)
+            else:
+                continue
+            if trained is not None:
+                swap_module(gm, node, trained)
+                changed += 1
         return changed
+
+    def _float(self, gm: GraphModule, node: Node, old: nn.Module, ctx: PassContext) -> FloatLayer | None:
+        """A layer that stays float, if there is more to it than itself: a batch norm, or a mask."""
+        op, bn = self._unfolded(gm, node, old, ctx)
+        mask = mask_of(op, gm.meta.get(MASKED, False))
+        if bn is None and mask is None:
+            return None
+        layer = FloatLayer(op, bn)
+        layer.set_mask(mask)
+        return layer
 
     def _layer(self, gm: GraphModule, node: Node, old: Quantized, ctx: PassContext) -> TrainedLayer | EstimatedLayer:
         fq: Any = module_of(gm, node.all_input_nodes[0]) if node.meta.get("integer") else None
         source = fq.tracker if fq is not None and ctx.target.int32_bias else None
         op, bn = self._unfolded(gm, node, old.op, ctx)
-        scheme = ctx.scheme
+        scheme, mask = ctx.scheme, mask_of(op, gm.meta.get(MASKED, False))
         if (scheme.weights != "range" or scheme.batch_norm == "plain") and not node.meta.get("int8_layer"):
             readers = [module_of(gm, u) if kind(gm, u) == "fake_quantize" else None for u in node.users]
             signs = bool(readers) and all(isinstance(r, FakeQuantize) and is_binary(r) for r in readers)
@@ -86,8 +102,15 @@ class PrepareTraining(Pass):
             found = estimator(scheme, kind(gm, node), weight)
             if found.top > INT8_MAX and source is not None:
                 node.meta["float_why"] = NO_KERNEL
-            return EstimatedLayer(op, bn, found, source, str(node.target), signs)
-        return TrainedLayer(op, bn, old.weight_grid.qparams, ctx.scheme.weight_observer, source, str(node.target))
+            if mask is not None and isinstance(found, (SignEstimator, DoReFaEstimator)):
+                way_out = f"Take a scheme whose weights have a 0 (iao_w4a4_lsq, twn_wta8), leave it float with skip={str(node.target)!r}, or remove() the masks"
+                raise SchemeError(f"its weight is masked, but weights of {scheme.name!r} have no 0", where=str(node.target), way_out=way_out)
+            estimated = EstimatedLayer(op, bn, found, source, str(node.target), signs)
+            estimated.set_mask(mask)
+            return estimated
+        layer = TrainedLayer(op, bn, old.weight_grid.qparams, ctx.scheme.weight_observer, source, str(node.target))
+        layer.set_mask(mask)
+        return layer
 
     def _unfolded(self, gm: GraphModule, node: Node, old: nn.Module, ctx: PassContext) -> tuple[nn.Module, nn.Module | None]:
         """The layer before its batch norm was folded, and that batch norm."""

@@ -15,6 +15,7 @@ from fxq.layerwise import Pair, Sides, corrected, patches, why_not, with_paramet
 from fxq.modules import WEIGHTED, Quantized
 from fxq.pipeline import Pass, PassContext
 from fxq.spec import QParams
+from fxq.weight_masks import MASKED, mask_of
 
 _NOISE = 1e-6
 _BLOCK = 64
@@ -81,12 +82,14 @@ class RoundWeights(Pass):
             return layer
         rows = op.weight.detach().to(torch.float64).reshape(len(cov), -1, cov.shape[1])
         diagonal = cov.diagonal(dim1=1, dim2=2)
+        kept = mask_of(op, gm.meta.get(MASKED, False))
+        stays = None if kept is None else kept.reshape(rows.shape)
         ridge = self.damping * diagonal.mean(1, keepdim=True)
         ridge = torch.where(ridge > 0, ridge, 1.0)
         for _ in range(8):
             damped = cov + torch.diag_embed(ridge.expand_as(diagonal))
             goal = rows + torch.linalg.solve_ex(damped, (rows @ cross).transpose(1, 2))[0].transpose(1, 2)
-            weight = feedback(goal, damped, layer.weight_grid.qparams)
+            weight = feedback(goal, damped, layer.weight_grid.qparams, stays)
             if weight is not None:
                 return with_parameters(gm, node, weight.reshape(op.weight.shape).to(torch.float32), op.bias, ctx.target.int32_bias)
             ridge = ridge * 10
@@ -118,17 +121,19 @@ def moments(op: Any, inputs: list[Pair], positions: int) -> tuple[Tensor, Tensor
     return square - mean[:, :, None] * mean[:, None, :], cross - gap[:, :, None] * mean[:, None, :]
 
 
-def feedback(rows: Tensor, cov: Tensor, qp: QParams) -> Tensor | None:
+def feedback(rows: Tensor, cov: Tensor, qp: QParams, kept: Tensor | None = None) -> Tensor | None:
     """Values on the grid for ``rows``, each column's rounding error fed on to the columns after it; ``None`` when ``cov`` has no factors.
 
     Args:
         rows: float64 ``[G, R, K]``; output channel ``g * R + r`` has the grid of that index.
         cov: positive definite, float64 ``[G, K, K]``.
         qp: grid, per tensor or per channel.
+        kept: bool, shape of ``rows``: the others become 0, and that error is fed on too.
     """
     groups, count, columns = rows.shape
     order = cov.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True)
     w = rows.gather(2, order[:, None, :].expand(-1, count, -1)).clone()
+    zeros = None if kept is None else ~kept.gather(2, order[:, None, :].expand(-1, count, -1))
     cov = cov.gather(1, order[:, :, None].expand_as(cov)).gather(2, order[:, None, :].expand_as(cov))
     inverse, failed = torch.linalg.inv_ex(cov)
     upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
@@ -142,6 +147,8 @@ def feedback(rows: Tensor, cov: Tensor, qp: QParams) -> Tensor | None:
         errors = torch.zeros_like(w[:, :, start:stop])
         for k in range(start, stop):
             out[:, :, k] = numerics.rounded(w[:, :, k], scale, zero, qp.spec)
+            if zeros is not None:
+                out[:, :, k].masked_fill_(zeros[:, :, k], 0.0)
             error = (w[:, :, k] - out[:, :, k]) / upper[:, k, k, None]
             w[:, :, k:stop] -= error[:, :, None] * upper[:, k, None, k:stop]
             errors[:, :, k - start] = error
