@@ -9,6 +9,8 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "compile": "fxq.api",
+    "prune": "fxq.api",
+    "Prune": "fxq.pruning",
     "save": "fxq.modelfile",
     "load": "fxq.modelfile",
     "CompiledModel": "fxq.compiled",

@@ -28,48 +28,52 @@ from fxq.passes.legalize import Legalize
 from fxq.passes.narrow_inputs import NarrowInputs
 from fxq.passes.prepare_training import PrepareTraining
 from fxq.passes.propagate_shapes import PropagateShapes
+from fxq.passes.prune_channels import PruneChannels
 from fxq.passes.replace_activations import ReplaceActivations
 from fxq.passes.round_weights import RoundWeights
 from fxq.passes.share_qparams import ShareQParams
 from fxq.pipeline import Pass, PassContext, Pipeline, Progress, no_progress
 from fxq.progress import ProgressBar
+from fxq.prune_report import PruneReport
+from fxq.pruned import PrunedModel
+from fxq.pruning import Prune
 from fxq.schemes import Scheme
 from fxq.snapshot import History, Skip, take
 from fxq.targets import Target
 from fxq.trace import Captured, capture, resized
 from fxq.trainable import TrainableModel
 
-__all__ = ["BACKENDS", "CompiledModel", "FloatOp", "backend", "compile", "pipeline_for"]
+__all__ = ["BACKENDS", "CompiledModel", "FloatOp", "backend", "compile", "pipeline_for", "prune"]
 
 
 MODES = ("ptq", "qat")
 """Post-training, or a trainable model."""
 
 
-def _front(scheme: Scheme) -> tuple[Pass, ...]:
+def _front(scheme: Scheme, how: Prune | None = None) -> tuple[Pass, ...]:
     """The passes up to the calibrated and converted graph."""
-    head: tuple[Pass, ...] = (Canonicalize(), PropagateShapes())
+    head: tuple[Pass, ...] = (Canonicalize(), PropagateShapes(), *([] if how is None else [PruneChannels(how)]))
     if scheme.activations in ("sign", "ternary") or scheme.order:
         head = (*head, ReplaceActivations())
     head = (*head, FoldBN(), Legalize(), Annotate(), ShareQParams())
     return (*head, NarrowInputs()) if scheme.stream is not None else head
 
 
-def training_pipeline(scheme: Scheme, observer: str | None, calibrated: bool) -> Pipeline:
+def training_pipeline(scheme: Scheme, observer: str | None, calibrated: bool, how: Prune | None = None) -> Pipeline:
     """The passes that make a model trainable, in order."""
-    return Pipeline((*_front(scheme), Calibrate(observer=observer), Convert(), PrepareTraining(calibrated)))
+    return Pipeline((*_front(scheme, how), Calibrate(observer=observer), Convert(), PrepareTraining(calibrated)))
 
 
-def pipeline_for(scheme: Scheme, observer: str | None = None) -> Pipeline:
+def pipeline_for(scheme: Scheme, observer: str | None = None, how: Prune | None = None) -> Pipeline:
     """The passes that a scheme runs, in order. Of a scheme that is made for training they are those of training."""
     if scheme.trains:
-        return training_pipeline(scheme, observer, True)
+        return training_pipeline(scheme, observer, True, how)
     back: tuple[Pass, ...] = (Calibrate(observer=observer), Convert())
     if scheme.weight_rounding == "feedback":
         back = (*back, RoundWeights())
     elif scheme.bias_correction:
         back = (*back, CorrectBias())
-    return Pipeline((*_front(scheme), *back))
+    return Pipeline((*_front(scheme, how), *back))
 
 
 @young()
@@ -86,11 +90,12 @@ def compile(
     batches: int | None = None,
     progress: Progress | bool = True,
     mode: str = "ptq",
+    prune: Prune | None = None,
 ) -> CompiledModel:
     """Capture ``model`` (a copy), rewrite it for ``target`` and quantize it, after training or to be trained.
 
     Args:
-        model: float32 module or exported program; its parameters, buffers and mode are not changed.
+        model: float32 module, exported program or :class:`~fxq.pruned.PrunedModel`; its parameters, buffers and mode are not changed.
         scheme: name or :class:`~fxq.schemes.Scheme`; ``int8`` is the int8 scheme that the target runs best.
         calibration: any iterable of tensors, tuples (labels behind the inputs are dropped) or dicts; read once.
         example: one batch of inputs when there is no calibration data (a tensor or a tuple).
@@ -101,6 +106,7 @@ def compile(
         batches: read at most so many calibration batches.
         mode: ``ptq`` quantizes post-training; ``qat`` returns a :class:`~fxq.trainable.TrainableModel`, for schemes with calibrated grids. There
             calibration data is where the ranges begin; with ``example`` alone the first training batch sets them. Dropout is taken out.
+        prune: cut channels first (:class:`~fxq.pruning.Prune`); the report is in ``m.prune_report``. To fine-tune in float in between, call :func:`prune`.
         progress: a bar on a terminal or in a notebook; False for none; or a callback ``(what, done, total)`` instead.
 
     Raises:
@@ -113,6 +119,7 @@ def compile(
     if isinstance(model, torch.export.ExportedProgram):
         model = program_module(model)
     net: nn.Module = admission.unwrapped(model)
+    net = net.root if isinstance(net, PrunedModel) else net
     if isinstance(net, CompiledModel):
         raise FxqError("the model is compiled already", way_out="Pass the float model that it was made from")
     admission.check_model(net)
@@ -134,11 +141,61 @@ def compile(
         left = tuple(skip) if isinstance(skip, Sequence) and not isinstance(skip, str) else (skip,)
         with nullcontext(progress) if callable(progress) else ProgressBar() if progress else nullcontext(no_progress) as report:
             ctx = PassContext(sch, tgt, (), data, left, report, train=mode == "qat")
-            return _compile(net, data, ctx, observer, tuple(leaf_modules), calibration is not None)
+            return _compile(net, data, ctx, observer, tuple(leaf_modules), calibration is not None, prune)
+
+
+@young()
+def prune(
+    model: nn.Module | torch.export.ExportedProgram,
+    how: Prune,
+    *,
+    example: Any = None,
+    data: Any = None,
+    target: str | Target = "onnxruntime",
+    leaf_modules: Sequence[type[nn.Module]] = (),
+    progress: Progress | bool = True,
+) -> PrunedModel:
+    """Capture ``model`` (a copy) and cut channels; the batch norms stay, so that the result trains on. ``compile`` quantizes it.
+
+    Args:
+        model: float32 module or exported program; it is not changed.
+        how: what to cut.
+        example: one batch of inputs (a tensor or a tuple); not needed with ``data``.
+        data: for ``by="taylor"``: batches of inputs, labels behind them (or give them in ``how``).
+        target: whose kernels the default multiple of widths is for.
+        leaf_modules: module types that capture keeps whole.
+        progress: as in :func:`compile`.
+
+    Raises:
+        TraceError, CalibrationError, PassError: with node, fact and way out.
+    """
+    tgt = targets.get(target)
+    net = admission.unwrapped(program_module(model) if isinstance(model, torch.export.ExportedProgram) else model)
+    if isinstance(net, CompiledModel) and not isinstance(net, PrunedModel):
+        raise FxqError("the model is compiled already", way_out="Pass the float model that it was made from")
+    net = net.root if isinstance(net, PrunedModel) else net
+    admission.check_model(net)
+    if data is None and example is None:
+        raise CalibrationError("the shapes are not known", way_out="Pass example= with one batch of inputs, or data=")
+    if data is not None and how.data is None:
+        how = replace(how, data=data)
+    batches = Batches([example] if example is not None else data, net)
+    few = tuple(x[:2] if isinstance(x, torch.Tensor) and x.ndim else x for x in batches.example)
+    start = time.perf_counter()
+    captured = capture(net, few, leaf_modules=tuple(leaf_modules))
+    if captured.gm is None:
+        raise TraceError(f"the model can only be captured in parts ({', '.join(captured.parts)})", way_out="Prune its parts one by one, or compile with prune=")
+    history = History([take(captured.gm, "trace", ms=(time.perf_counter() - start) * 1e3)])
+    with nullcontext(progress) if callable(progress) else ProgressBar() if progress else nullcontext(no_progress) as report:
+        ctx = PassContext(schemes.get("float"), tgt, few, batches, progress=report, probe=resized(few, 1) if not captured.specialised else few)
+        Pipeline((Canonicalize(), PropagateShapes(), PruneChannels(how))).run(captured.gm, ctx, history)
+    pruned = PrunedModel(captured.gm, captured, history, ctx.scheme, tgt)
+    pruned.uncut, pruned.report = (captured.gm.meta.pop("masked"),), captured.gm.meta.pop("prune_report")
+    return pruned
 
 
 def _compile(
-    net: nn.Module, data: Batches, ctx: PassContext, observer: str | None, leaves: tuple[type[nn.Module], ...], calibrated: bool
+    net: nn.Module, data: Batches, ctx: PassContext, observer: str | None, leaves: tuple[type[nn.Module], ...], calibrated: bool, how: Prune | None
 ) -> CompiledModel:
     """Capture, then the passes."""
     start = time.perf_counter()
@@ -154,16 +211,27 @@ def _compile(
         way_out = "Train its parts one by one: compile each with mode='qat' and put it in its place"
         raise TraceError(f"the model can only be captured in parts ({', '.join(captured.parts)})", way_out=way_out)
     if captured.gm is None:
-        return _compile_parts(captured, ctx.scheme, ctx.target, data, ctx.float_nodes, observer, ctx.progress, ms)
+        return _compile_parts(captured, ctx.scheme, ctx.target, data, ctx.float_nodes, observer, ctx.progress, ms, how)
     history = History([take(captured.gm, "trace", ms=ms, skips=tuple(Skip("capture", f"specialised: {n}") for n in notes))])
     ctx.example, ctx.probe = few, few if notes else resized(few, 1)
     if ctx.train or ctx.scheme.trains:
         wanted, ctx.train = ctx.train, True
-        training_pipeline(ctx.scheme, observer, calibrated).run(captured.gm, ctx, history)
+        training_pipeline(ctx.scheme, observer, calibrated, how).run(captured.gm, ctx, history)
         model = TrainableModel(captured.gm, captured, history, ctx.scheme, ctx.target)
-        return model if wanted else model.convert()
-    pipeline_for(ctx.scheme, observer).run(captured.gm, ctx, history)
-    return CompiledModel(captured.gm, captured, history, ctx.scheme, ctx.target)
+        report = _pruned(captured.gm)
+        made = model if wanted else model.convert()
+    else:
+        pipeline_for(ctx.scheme, observer, how).run(captured.gm, ctx, history)
+        made, report = CompiledModel(captured.gm, captured, history, ctx.scheme, ctx.target), _pruned(captured.gm)
+    made.prune_report = report
+    return made
+
+
+def _pruned(gm: Any) -> PruneReport | None:
+    """The report of ``prune-channels``; the uncut graph is let go."""
+    gm.meta.pop("masked", None)
+    found: PruneReport | None = gm.meta.pop("prune_report", None)
+    return found
 
 
 def _compile_parts(
@@ -175,6 +243,7 @@ def _compile_parts(
     observer: str | None,
     progress: Progress,
     ms: float,
+    how: Prune | None,
 ) -> CompiledModel:
     """Compile each captured submodule on the inputs it sees inside the float model, then put it in its place."""
     root = captured.root
@@ -186,12 +255,13 @@ def _compile_parts(
         history = History([take(gm, "trace", ms=ms)])
         ctx = PassContext(sch, tgt, example, seen.get(path), inner, progress)
         try:
-            pipeline_for(sch, observer).run(gm, ctx, history)
+            pipeline_for(sch, observer, how).run(gm, ctx, history)
         except FxqError as e:
             reached = any(x.numel() for x in tree_leaves(seen.get(path, [])) if isinstance(x, torch.Tensor))
             way_out = e.way_out if reached or not static else f"Give data on which the model uses this part, or keep it float with skip='{path}.*'"
             raise type(e)(e.fact, where=f"{path} / {e.where}" if e.where else path, way_out=way_out) from e
         part = CompiledModel(gm, captured, history, sch, tgt)
+        part.prune_report = _pruned(gm)
         model.parts[path] = part
         model.history.snapshots += [replace(s, name=f"{path}/{s.name}") for s in history]
     for path, part in model.parts.items():

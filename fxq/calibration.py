@@ -6,7 +6,7 @@ import inspect
 import operator
 import os
 from collections.abc import Iterator, Mapping
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -27,12 +27,13 @@ class Batches:
         limit: at most so many batches.
         what: the data's name in messages.
         spare: an ``example`` for data without a batch (which one process of several may have).
+        labels: what stands behind a tuple's inputs is kept.
 
     Raises:
         CalibrationError: no data, ragged batches, NaN or infinity, missing inputs.
     """
 
-    def __init__(self, data: Any, model: nn.Module, limit: int | None = None, what: str = "calibration data", spare: Any = None) -> None:
+    def __init__(self, data: Any, model: nn.Module, limit: int | None = None, what: str = "calibration data", spare: Any = None, labels: bool = False) -> None:
         if isinstance(data, (str, bytes, os.PathLike, Mapping)):
             way_out = "Put it into a list: [data]" if isinstance(data, Mapping) else "Pass tensors or a DataLoader (fxq-lower reads folders)"
             raise CalibrationError(f"{what} of type {type(data).__name__} gives no batches", way_out=way_out)
@@ -40,7 +41,7 @@ class Batches:
             raise CalibrationError(f"{limit} batches are no data", way_out="Read at least 1 batch")
         if isinstance(data, (torch.Tensor, np.ndarray)):
             data = _split(data if isinstance(data, torch.Tensor) else _array(data, 0))
-        self.limit, self._length = limit, operator.length_hint(data, 0)
+        self.labels, self.limit, self._length = labels, limit, operator.length_hint(data, 0)
         params = [p for p in inspect.signature(model.forward).parameters.values() if p.kind is not p.VAR_KEYWORD]
         named = [p.name for p in params if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
         if named:
@@ -73,6 +74,12 @@ class Batches:
             self._alike(batch, i)
             yield batch
 
+    def peek(self, n: int) -> list[tuple[Any, ...]]:
+        """The first ``n`` batches, which stay to be read."""
+        taken = list(islice(self._rest, n if self.limit is None else min(n, self.limit)))
+        self._rest = chain(taken, self._rest)
+        return [self._inputs(item, i) for i, item in enumerate(taken)]
+
     def _alike(self, batch: tuple[Any, ...], i: int) -> None:
         """Refuse what does not look like the first batch, but for the number of samples."""
         if len(batch) != len(self.example):
@@ -94,7 +101,7 @@ class Batches:
                 raise CalibrationError(f"batch {i} has no input {missing[0]!r}", way_out="Its keys are " + ", ".join(map(str, item)))
             values = [item[n] for n in self.names if n in item]
         else:
-            values = list(item)[: self.count] if isinstance(item, (tuple, list)) else [item]
+            values = list(item)[: None if self.labels else self.count] if isinstance(item, (tuple, list)) else [item]
         if len(values) < self.count:
             raise CalibrationError(f"batch {i} has {len(values)} inputs, the model takes {self.count}", way_out="Yield tuples of all inputs")
         return tuple(self._tensor(v, i) for v in values)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fxq.lint import LintReport
     from fxq.lint_trt_report import TrtReport
     from fxq.proof import Proof
+    from fxq.prune_report import PruneReport
     from fxq.tensorrt import EngineArtifact
 
 ENGINE_MAGIC = (b"vtrt", b"ftrt")
@@ -88,6 +89,7 @@ class CompiledModel(nn.Module):
         history: every pass with its graph text.
         scheme, target: what it was compiled for.
         captured: how the model was captured (rung, notes, what it is specialised to).
+        prune_report: what ``prune=`` cut, or None.
         parts: of a model that could only be captured in parts: module path -> CompiledModel; otherwise empty.
     """
 
@@ -96,6 +98,7 @@ class CompiledModel(nn.Module):
         self.root = root
         self.captured, self.history, self.scheme, self.target = captured, history, scheme, target
         self.parts: dict[str, CompiledModel] = {}
+        self.prune_report: PruneReport | None = None
         self._reference: Any = None
         self._engines: dict[str, Artifact] = {}
         self.eval()

@@ -13,12 +13,13 @@ from fxq import graph_json, targets
 from fxq.compiled import CompiledModel
 from fxq.errors import ArtifactError, LoweringError
 from fxq.lowering import Artifact
+from fxq.pruned import PrunedModel
 from fxq.snapshot import History, Skip, Snapshot
 from fxq.trace import Captured
 from fxq.trainable import TrainableModel
 
 FORMAT, VERSION = "fxq-model", 1
-KINDS: dict[str, type[CompiledModel]] = {"compiled": CompiledModel, "trainable": TrainableModel}
+KINDS: dict[str, type[CompiledModel]] = {"compiled": CompiledModel, "trainable": TrainableModel, "pruned": PrunedModel}
 
 
 def save(model: CompiledModel, path: str | os.PathLike[str], *, force: bool = False) -> Path:
@@ -42,7 +43,7 @@ def save(model: CompiledModel, path: str | os.PathLike[str], *, force: bool = Fa
     if target.name not in targets.names() or targets.get(target.name) != target:
         raise LoweringError(f"the target {target.name!r} is not registered", way_out="Give it a name of its own and call fxq.targets.register")
     w = graph_json.Writer()
-    kind = "trainable" if isinstance(model, TrainableModel) else "compiled"
+    kind = next(name for name, made in reversed(KINDS.items()) if isinstance(model, made))
     head = {
         "kind": kind, "version": VERSION, "fxq": __version__, "graph": w.graph(model.graph_module), "scheme": w.value(model.scheme, "scheme"),
         "target": target.name, "phase": getattr(model, "phase", ""), "training": model.training, "rung": model.captured.rung,

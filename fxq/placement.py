@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from fxq.graph import data_inputs, float_module, kind, module_of
 from fxq.modules import WEIGHTED
 from fxq.pipeline import PassContext
 from fxq.schemes import S8N
+from fxq.selectors import matches
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -74,7 +74,7 @@ class Plan:
     def excluded(self, node: Node) -> str | None:
         """Why the user or the scheme wants this node in float, or ``None``."""
         for pattern in self.ctx.float_nodes:
-            if self._matches(node, pattern):
+            if matches(self.gm, node, pattern, self.layers):
                 self._matched.add(pattern)
                 return f"left float on request ({pattern.__name__ if isinstance(pattern, type) else pattern})"
         for role in self.ctx.scheme.float_layers:
@@ -84,15 +84,6 @@ class Plan:
         if module is not None and module.groups != 1:
             return "a grouped transposed convolution has no scale for each output channel"
         return None
-
-    def _matches(self, node: Node, pattern: str | type | int) -> bool:
-        if isinstance(pattern, int):
-            at = pattern + len(self.layers) * (pattern < 0)
-            return 0 <= at < len(self.layers) and self.layers[at] is node
-        if isinstance(pattern, type):
-            return node.op == "call_module" and isinstance(float_module(self.gm, node), pattern)
-        names = (str(node.target) if node.op == "call_module" else node.name, node.name)
-        return any(fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(name, pattern + ".*") for name in names)
 
     def mark_int8_layers(self) -> None:
         """Layers that a low-bit scheme keeps in 8 bits read and hold 8-bit codes; so does what only stands in for another operation."""

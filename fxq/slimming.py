@@ -92,7 +92,7 @@ class SlimmingPenalty:
         return {path: self._known[path] for path in wanted}
 
     def _prunable(self, example: Any) -> dict[str, Tensor]:
-        from fxq.groups import prunable_batch_norms
+        from fxq.prunable import prunable_batch_norms
 
         net = self._model.captured.root if isinstance(self._model, CompiledModel) else self._model
         found = prunable_batch_norms(net, example)

@@ -53,6 +53,7 @@ class Target:
             ones) or ``inputs`` (what weighted layers read is rounded, what they give stays float and is fused with what follows).
         least_channels: weighted layers with fewer input or output channels stay float (the first layer of a net excepted).
         float_why: kind of node -> why this runtime executes it in float.
+        channel_multiple: widths of layers that its kernels fill whole vectors with (:class:`fxq.pruning.Prune`).
         capability: compute capability of an NVIDIA GPU (``86`` for 8.6), or ``None``.
     """
 
@@ -73,6 +74,7 @@ class Target:
     placement: str = "outputs"
     least_channels: int = 0
     float_why: Mapping[str, str] = field(default_factory=dict)
+    channel_multiple: int = 16
     capability: int | None = None
 
     @property
@@ -181,6 +183,7 @@ _TENSORRT = Target(
     int8="iao_w8a8_sym",
     placement="inputs",
     least_channels=16,
+    channel_multiple=32,
     float_why={
         **dict.fromkeys(_POINTWISE, _FUSED),
         **dict.fromkeys(_MOVES, "it only moves values: TensorRT moves the Q behind it to its front"),

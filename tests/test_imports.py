@@ -13,13 +13,23 @@ STREET: tuple[tuple[str, ...], ...] = (
     ("numerics", "schemes", "convolutions"),
     ("modules", "observers", "targets", "lowbit"),
     ("graph", "lowering", "tracers", "calibration", "weight_ranges", "weight_masks"),
-    ("trackers", "estimators", "graph_json", "shapes", "snapshot", "folding", "kernels", "layerwise", "routing", "concrete", "exported", "parts", "costs"),
-    ("verify", "canonical", "trace", "prune_report"),
-    ("pipeline", "canonical_math", "canonical_chains", "canonical_index", "canonical_reduce", "canonical_shape", "constants", "inline"),
-    ("canonical_layers", "canonical_attention", "forms", "forms_shuffle", "forms_tidy", "forms_unpack", "placement", "training", "finite"),
-    ("placement_inputs", "training_lowbit"),
+    (
+        "trackers", "estimators", "graph_json", "shapes", "snapshot", "folding", "kernels", "layerwise", "routing", "concrete", "exported", "parts",
+        "costs", "channels", "selectors",
+    ),
+    ("verify", "canonical", "trace", "prune_report", "channel_reshape"),
+    (
+        "pipeline", "canonical_math", "canonical_chains", "canonical_index", "canonical_reduce", "canonical_shape", "constants", "inline",
+        "channel_rules", "cutting",
+    ),
+    (
+        "canonical_layers", "canonical_attention", "forms", "forms_shuffle", "forms_tidy", "forms_unpack", "placement", "training", "finite",
+        "groups", "dead_channels",
+    ),
+    ("placement_inputs", "training_lowbit", "importance", "budget", "masking"),
+    ("pruning",),
     ("passes", "backends"),
-    ("lint_graph", "exposed", "lint_trt_fold", "lint_trt_report"),
+    ("lint_graph", "exposed", "lint_trt_fold", "lint_trt_report", "prunable"),
     ("lint_clips", "verdict", "lint_trt_graph"),
     ("lint_steps", "lint_trt_flow", "lint_trt_packed"),
     ("lint_rules", "lint_trt_ops"),
@@ -30,11 +40,11 @@ STREET: tuple[tuple[str, ...], ...] = (
     ("engine_proof",),
     ("admission", "sources"),
     ("compiled",),
-    ("trainable", "slimming"),
+    ("trainable", "slimming", "pruned"),
     ("api", "zoo", "modelfile", "sparsity"),
     ("cli_engine",),
     ("cli", "command"),
-)
+)  # fmt: skip
 """A module imports from the rows above its own only."""
 
 ONE_BACKEND = (
