@@ -94,7 +94,9 @@ class SlimmingPenalty:
     def _prunable(self, example: Any) -> dict[str, Tensor]:
         from fxq.prunable import prunable_batch_norms
 
-        net = self._model.captured.root if isinstance(self._model, CompiledModel) else self._model
+        net = self._model
+        if isinstance(net, CompiledModel):
+            net = net.captured.root if _names(net) else net.root
         found = prunable_batch_norms(net, example)
         if not found & set(self._known):
             way_out = "Prune by 'l2', 'l1' or 'taylor', or name batch norms with only="
@@ -186,25 +188,31 @@ def _sparks(counts: list[int]) -> str:
     return "".join(SPARKS[-(-n * (len(SPARKS) - 1) // most)] for n in counts)
 
 
+def _names(model: CompiledModel) -> dict[int, str]:
+    """Identity of each gamma -> the path of its batch norm in the float model that this one was made from, as far as both share it."""
+    own = {id(p) for p in model.parameters()}
+    norms = [(path, m) for path, m in model.captured.root.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return {id(m.weight): path for path, m in norms if id(m.weight) in own}
+
+
 def _batch_norms(model: nn.Module) -> dict[str, Tensor]:
-    """Path -> gamma of each batch norm that has one; of a trainable model the paths in the float model, where it is known."""
-    names: dict[int, str] = {}
-    if isinstance(model, CompiledModel):
-        for path, m in model.captured.root.named_modules():
-            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.weight is not None:
-                names[id(m.weight)] = path
+    """Path -> gamma of each batch norm that has one; of a trainable model the paths in the float model, of a pruned one those in its graph."""
+    compiled = isinstance(model, CompiledModel)
+    names = _names(model) if isinstance(model, CompiledModel) else {}
     found: dict[str, Tensor] = {}
     for path, m in model.named_modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and isinstance(m.weight, nn.Parameter):
-            found[names.get(id(m.weight), path)] = m.weight
+            found[names.get(id(m.weight), path.removeprefix("root.") if compiled else path)] = m.weight
     return found
 
 
 def _once(model: nn.Module, penalty: weakref.ref[SlimmingPenalty]) -> None:
-    """Let the model's next forward give the penalty its example."""
+    """Let the model's next forward with positional inputs give the penalty its example."""
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        handle.remove()
+        if not args:
+            return
+        module._forward_pre_hooks.pop(handle.id, None)  # that of a copy as well
         here = penalty()
         if here is not None:
             here._example = tuple(x.detach()[:2] if isinstance(x, Tensor) and x.ndim else x for x in args)

@@ -19,7 +19,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from fxq.errors import FxqError
 
-MASKED = "masked"
+MASKED = "weight_masks"
 """Key in the meta of a captured graph whose model had masks."""
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
 
@@ -241,12 +241,12 @@ def baked(root: nn.Module) -> bool:
     """Write the masks of a model into its weights, in place; each conv, linear and attention layer then says in ``weight_masked`` whether it had one.
 
     Returns:
-        Whether there were any.
+        Whether there were any, now or when an earlier capture wrote them.
     """
     try:
         masks = masks_of(root)
     except FxqError:
-        return False
+        return any(getattr(m, "weight_masked", False) for m in root.modules())
     layers = {layer for w in masks for layer, _ in w.places}
     for layer in layers:
         _bare(layer)

@@ -266,3 +266,17 @@ def test_the_pattern_is_whole_in_the_file(mode: str, target: str) -> None:
     found = quads(m.lower("onnx-qdq").data)
     assert len(found) == len(masks) + 1 and [n for n, whole in found.items() if not whole] == ["stem.conv"]
     assert list(masks.skipped) == ["stem.weight"]
+
+
+def test_pruned_and_sparse() -> None:
+    """Channels first, then weights, then training in integers; zeros that were there before the cut are held as well."""
+    model, _ = masked_net()
+    pruned = fxq.prune(model, fxq.Prune(ratio=0.3, multiple_of=1), example=X, progress=False)
+    assert pruned.masked()(X).shape == (8, 5)
+    first = {p: m.weight.detach() != 0 for p, m in pruned.graph_module.named_modules() if hasattr(m, "weight_masked")}  # type: ignore[union-attr, operator]
+    assert len(first) == 4
+    assert holds(steps(qat(pruned)).convert(), first)
+    dense = fxq.prune(net(), fxq.Prune(ratio=0.3, multiple_of=1), example=X, progress=False)
+    masks = {w.name.removeprefix("root.").removesuffix(".weight"): w.own.mask.clone() for w in sparsify(dense, 0.6)}
+    assert holds(steps(qat(dense)).convert(), masks)
+    assert holds(fxq.compile(dense, "iao_w8a8", calibration=X, progress=False), masks)

@@ -153,8 +153,59 @@ def test_a_trainable_model_has_the_float_models_names() -> None:
 
 def test_a_loaded_model_has_its_own_names(tmp_path: Any) -> None:
     fxq.save(trainable(), tmp_path / "q.fxq")
-    penalty = SlimmingPenalty(fxq.load(tmp_path / "q.fxq"), only=["root.a.bn"])
-    assert len(penalty.gammas["root.a.bn"]) == 8
+    penalty = SlimmingPenalty(fxq.load(tmp_path / "q.fxq"), only=["a.bn"])
+    assert len(penalty.gammas["a.bn"]) == 8
+
+
+class Ends(nn.Module):
+    """The last batch norm gives the output; one tied channel by channel to the input; one without a gamma."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.inner = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+        self.b, self.plain = nn.Conv2d(6, 3, 1), nn.BatchNorm2d(3, affine=False)
+        self.c, self.tied = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.d, self.last = nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.tied(self.c(self.plain(self.b(F.relu(self.inner(self.a(x)))))))
+        return self.last(self.d(y + x[:, :, 1:-1, 1:-1]))  # type: ignore[no-any-return]
+
+
+def test_only_gammas_that_can_be_pruned() -> None:
+    """Checklist row 32: the last batch norm stays the same."""
+    model = Ends().train()
+    x, before = torch.randn(4, 3, 6, 6), {k: v.clone() for k, v in model.state_dict().items()}
+    penalty = SlimmingPenalty(model, 1.0, form="proximal", example=x)
+    assert list(penalty.gammas) == ["inner"]
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and model.training, "finding them changes nothing"
+    penalty.shrink(0.25)
+    assert model.inner.weight.tolist() == [0.75] * 6 and model.last.weight.tolist() == [1.0] * 5 and model.tied.weight.tolist() == [1.0] * 3
+
+
+def test_the_first_forward_is_the_example() -> None:
+    model = Ends()
+    penalty = SlimmingPenalty(model, 1.0)
+    for _ in range(2):
+        model(torch.randn(4, 3, 6, 6))
+    assert list(penalty.gammas) == ["inner"] and not model._forward_pre_hooks
+
+
+def test_a_penalty_that_is_gone_leaves_the_model_alone() -> None:
+    model = Ends()
+    SlimmingPenalty(model, 1.0)
+    for m in (copy.deepcopy(model), model):
+        m(torch.randn(4, 3, 6, 6))
+        assert not m._forward_pre_hooks
+
+
+def test_in_a_trainable_and_in_a_pruned_model() -> None:
+    x = torch.randn(4, 3, 6, 6)
+    q = fxq.compile(Ends().eval(), "iao_w8a8", mode="qat", calibration=x, progress=False)
+    assert list(SlimmingPenalty(q, example=x).gammas) == ["inner"]
+    pruned = fxq.prune(Ends().eval(), fxq.Prune(ratio=0.5, multiple_of=1), example=x, progress=False)
+    found = SlimmingPenalty(pruned, example=x).gammas
+    assert list(found) == ["inner"] and len(found["inner"]) == 4, "of 6"
 
 
 def test_wrapped_models() -> None:
@@ -220,6 +271,8 @@ def _optimizer_without() -> None:
     (lambda: SlimmingPenalty(nn.Linear(3, 3), only=["x"]), "Linear: the model has no batch norm with a gamma. Prune by 'l2', 'l1' or 'taylor'"),
     (lambda: SlimmingPenalty(nn.BatchNorm2d(3, affine=False)), "no batch norm with a gamma"),
     (lambda: SlimmingPenalty(Norms([1.0])).add_gradient(), "what can be pruned is not known yet. Give example= or only="),
+    (lambda: SlimmingPenalty(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), example=torch.randn(2, 3, 4, 4)),
+     "Sequential: no channels behind a batch norm can be cut"),
     (_optimizer_without, "bns.1: the optimizer does not hold its gamma. Give the optimizer model.parameters()"),
 ])  # fmt: skip
 def test_refused(call: Any, said: str) -> None:
