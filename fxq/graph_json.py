@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.nn.utils.parametrize import is_parametrized
 
 from fxq.errors import ArtifactError
 from fxq.graph import Grid
@@ -78,6 +79,9 @@ class Writer:
         if self._paths.get(id(m), path) != path:
             return {"ref": self._paths[id(m)]}
         name = f"{type(m).__module__}.{type(m).__qualname__}"
+        if is_parametrized(m):
+            way_out = "Call remove() of its masks (fxq.sparsity.masks_of), or torch.nn.utils.parametrize.remove_parametrizations"
+            raise ArtifactError("its weight is computed (torch.nn.utils.parametrize), which a file does not hold", where=path, way_out=way_out)
         if _class(name) is not type(m):
             raise ArtifactError(
                 f"{name} is no class of torch.nn or fxq, so a file cannot hold it", where=path, way_out="Capture it too (leave it out of leaf_modules)"

@@ -240,19 +240,24 @@ def pattern_mask(magnitude: Tensor, n: int, m: int, dim: int) -> Tensor:
 def baked(root: nn.Module) -> bool:
     """Write the masks of a model into its weights, in place; each conv, linear and attention layer then says in ``weight_masked`` whether it had one.
 
+    Where a weight is 0 that is not masked, ``weight_masked`` is the mask itself.
+
     Returns:
         Whether there were any, now or when an earlier capture wrote them.
     """
     try:
         masks = masks_of(root)
     except FxqError:
-        return any(getattr(m, "weight_masked", False) for m in root.modules())
-    layers = {layer for w in masks for layer, _ in w.places}
-    for layer in layers:
+        return any(getattr(m, "weight_masked", False) is not False for m in root.modules())
+    marks: dict[nn.Module, bool | Tensor] = {}
+    for w in masks:
+        more = bool(((w.original == 0) & w.own.mask).any())
+        marks.update({layer: w.own.mask if more and tensor == "weight" else True for layer, tensor in w.places})
+    for layer in marks:
         _bare(layer)
     for m in root.modules():
         if isinstance(m, LAYERS):
-            vars(m)["weight_masked"] = m in layers
+            vars(m)["weight_masked"] = marks.get(m, False)
     return True
 
 
@@ -266,6 +271,8 @@ def mask_of(layer: nn.Module, in_masked_model: bool) -> Tensor | None:
     if not in_masked_model or mark is False or getattr(layer, "stands_in", False):
         return None
     mask: Tensor = weight.detach() != 0
+    if isinstance(mark, Tensor) and mark.shape == mask.shape and not bool(mask[~mark.to(mask.device)].any()):
+        return mark.to(mask.device)
     if mark is None and (bool(mask.all()) or not bool(mask.any())):
         return None
     return mask

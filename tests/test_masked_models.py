@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from onnx import numpy_helper
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 import fxq
 from fxq import numerics, zoo
 from fxq.compiled import CompiledModel
-from fxq.errors import SchemeError
+from fxq.errors import ArtifactError, SchemeError
 from fxq.graph import module_of, walk
 from fxq.modules import WEIGHTED, Quantized
 from fxq.sparsity import masks_of, sparsify
@@ -103,7 +104,7 @@ def test_masks_hold_in_training(scheme: str) -> None:
 def test_what_training_computes_is_masked() -> None:
     """In each mode and phase the output is that of the masked weights: changing a masked parameter changes nothing."""
     model, masks = masked_net()
-    for scheme in ("iao_w8a8", "iao_w4a4_lsq"):
+    for scheme in ("iao_w8a8", "iao_w4a4_lsq", "twn_wta8"):
         q = steps(qat(model, scheme), 1)
         other = copy.deepcopy(q)
         with torch.no_grad():
@@ -136,6 +137,17 @@ def test_layers_without_masks_train_freely() -> None:
         found = [p for p, m in q.named_modules() if isinstance(m, Normed) and m._buffers.get("weight_mask") is not None]
         assert found == (["root.a", "root.up"] if masked else [])
         assert bool(values(q.convert())["b"][:, 0].any())
+
+
+def test_weights_that_are_0_but_not_masked_train() -> None:
+    """A layer that starts at 0, as the last of a residual branch may, keeps its mask and nothing else."""
+    model = net()
+    with torch.no_grad():
+        model.a.weight.zero_()
+    masks = {w.name.removesuffix(".weight"): w.own.mask.clone() for w in sparsify(model, 0.5, scope="layer")}
+    q = qat(model)
+    assert torch.equal(q.get_submodule("root.a").weight_mask, masks["a"])  # type: ignore[arg-type]
+    assert holds(steps(q).convert(), masks)
 
 
 def test_float_layers_without_batch_norm_hold_their_masks() -> None:
@@ -172,6 +184,33 @@ def test_files_hold_the_masks(scheme: str, tmp_path: Path) -> None:
     assert holds(b, masks) and torch.equal(a(X), b(X))
     fxq.save(b, tmp_path / "b.fxq")
     assert holds(fxq.load(tmp_path / "b.fxq"), masks)
+
+
+def test_one_compiled_graph() -> None:
+    """torch.compile takes the float model and both kinds of layers in training as one graph, once, and trains the same weights."""
+    model, _ = masked_net()
+    assert torch.allclose(torch.compile(model, backend="eager", fullgraph=True)(X), model(X), atol=1e-6)
+    for scheme in ("iao_w8a8", "iao_w4a4_lsq"):
+        q = steps(qat(model, scheme), 1)
+        q.zero_grad()
+        other, counter = copy.deepcopy(q), CompileCounter()
+        compiled = torch.compile(q, backend=counter)
+        for _ in range(3):
+            compiled(X).square().mean().backward()
+            other(X).square().mean().backward()
+        assert counter.frame_count == 1
+        assert all(torch.allclose(a.grad, b.grad, atol=1e-6) for a, b in zip(q.parameters(), other.parameters(), strict=True))  # type: ignore[arg-type]
+    torch._dynamo.reset()
+
+
+def test_a_masked_float_model_is_not_written(tmp_path: Path) -> None:
+    model = fxq.compile(net(), "float", calibration=X, progress=False)
+    masks = sparsify(model, 0.5)
+    with pytest.raises(ArtifactError, match=r"^.*a: its weight is computed \(torch.nn.utils.parametrize\), .*Call remove\(\) of its masks"):
+        fxq.save(model, tmp_path / "m.fxq")
+    masks.remove()
+    fxq.save(model, tmp_path / "m.fxq")
+    assert torch.equal(fxq.load(tmp_path / "m.fxq")(X), model(X)) and int((model.get_parameter("root.a.weight") == 0).sum()) > 0
 
 
 def test_files_from_before_there_were_masks(tmp_path: Path) -> None:
