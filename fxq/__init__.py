@@ -11,6 +11,7 @@ _PUBLIC = {
     "compile": "fxq.api",
     "prune": "fxq.api",
     "Prune": "fxq.pruning",
+    "sensitivity": "fxq.sensitivity",
     "save": "fxq.modelfile",
     "load": "fxq.modelfile",
     "CompiledModel": "fxq.compiled",

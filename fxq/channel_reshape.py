@@ -23,10 +23,11 @@ def blocks(source: tuple[int, ...], target: tuple[int, ...]) -> Iterator[tuple[l
         outs: list[int] = []
         a = b = 1
         while not ins or not outs or a != b:
-            if i < len(source) and (a <= b or j >= len(target)):
+            more_in, more_out = i < len(source), j < len(target)
+            if more_in and (not ins or not more_out or (outs and a < b)):
                 ins.append(i)
                 a, i = a * source[i], i + 1
-            elif j < len(target):
+            elif more_out:
                 outs.append(j)
                 b, j = b * target[j], j + 1
             else:

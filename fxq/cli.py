@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from fxq import cli_engine
+from fxq import cli_engine, cli_prune
 from fxq.errors import ArtifactError, FxqError, InputError
 from fxq.progress import ProgressBar
 
@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="layers that stay float (fnmatch on the module path)")
     p.add_argument("--to", default="onnx-qdq", metavar="BACKEND")
     p.add_argument("-o", "--output", metavar="FILE")
+    p.add_argument("--save-model", metavar="FILE", help="save the compiled model itself, for fxq.load")
     p.add_argument("--force", action="store_true", help="replace an existing file")
     p.add_argument("--verify", action="store_true", help="run the file in ONNX Runtime and compare it with the integer reference")
     p.add_argument("--report-json", metavar="FILE", help="history, bytes and verification as JSON")
@@ -56,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--print-diff", action="append", default=[], metavar="PASS", help="print what this pass changed")
     p.add_argument("--list", choices=LISTS, help="list what there is, and stop")
     p.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    cli_prune.add_options(p)
     cli_engine.add_options(p)
     return p
 
@@ -86,6 +88,7 @@ def run(a: argparse.Namespace) -> int:
     from fxq.pipeline import no_progress
 
     cli_engine.require_consistent(a)
+    how = cli_prune.request(a)
     target = a.target or ("tensorrt" if a.to == "tensorrt" else "onnxruntime")
 
     model = sources.model_from(a.source)
@@ -97,11 +100,13 @@ def run(a: argparse.Namespace) -> int:
     with nullcontext(False) if a.quiet else ProgressBar(lines=True) as progress:
         m = api.compile(
             model, a.scheme, calibration=data, example=example, target=target, skip=tuple(a.skip), observer=a.observer,
-            batches=a.calibration_batches, progress=progress,
+            batches=a.calibration_batches, progress=progress, prune=how,
         )  # fmt: skip
         artifact = m.lower(a.to, **cli_engine.lowering_options(a, m, progress or no_progress))
     _show(a, m, artifact)
     report: dict[str, Any] = {"source": a.source, "scheme": m.scheme.name, "history": m.history.to_json(), **artifact.info}
+    if m.prune_report is not None:
+        report["pruning"] = m.prune_report.to_json()
     report["float_ops"] = [str(op) for op in m.float_ops]
     code = 0
     if a.verify:
@@ -112,6 +117,10 @@ def run(a: argparse.Namespace) -> int:
     if output is not None:
         artifact.save(output, force=a.force)
         _say(a, f"{output}: {output.stat().st_size:,} bytes")
+    if a.save_model:
+        from fxq.modelfile import save
+
+        _say(a, f"{save(m, a.save_model, force=a.force)}: the model, for fxq.load")
     if a.calibration_cache:
         _say(a, cli_engine.save_cache(a, m))
     if a.report_json:
@@ -123,7 +132,7 @@ def run(a: argparse.Namespace) -> int:
 
 def _check_output(a: argparse.Namespace) -> Path | None:
     """Refuse an output that cannot be written before the work starts."""
-    for name in filter(None, (a.output, a.report_json, a.calibration_cache)):
+    for name in filter(None, (a.output, a.report_json, a.save_model, a.calibration_cache)):
         path = Path(name)
         if path.is_dir():
             raise ArtifactError("it is a folder", where=name, way_out="Give the name of a file")
@@ -132,7 +141,7 @@ def _check_output(a: argparse.Namespace) -> Path | None:
         if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
             raise ArtifactError("its folder does not exist or is not writable", where=name, way_out="Make the folder first")
     seen: dict[str, str] = {}
-    for what, name in (("model", a.output), ("report", a.report_json), ("calibration cache", a.calibration_cache)):
+    for what, name in (("model", a.output), ("report", a.report_json), ("saved model", a.save_model), ("calibration cache", a.calibration_cache)):
         if name and seen.setdefault(os.path.realpath(name), what) != what:
             raise ArtifactError(f"the {seen[os.path.realpath(name)]} and the {what} would be the same file", where=name, way_out="Give each its own name")
     return Path(a.output) if a.output else None
@@ -145,6 +154,8 @@ def _show(a: argparse.Namespace, m: CompiledModel, artifact: Artifact) -> None:
         print(m.history.diff(name) or f"{name} changed nothing")
     if not a.quiet and not a.print_after and not a.print_diff:
         print(m.history)
+        if m.prune_report is not None:
+            print(m.prune_report)
         for op in m.float_ops:
             print(f"float: {op}")
     if artifact.backend == "tensorrt" and (a.dry_run or not a.quiet):
@@ -166,7 +177,9 @@ def listing(what: str) -> list[str]:
         return [f"{n:<18} {targets.get(n).summary}" for n in targets.names()]
     if what == "backends":
         return [f"{n:<18} {text}" for n, text in api.BACKENDS.items()]
-    passes = api.pipeline_for(schemes.get("iao_w8a8")).passes
+    from fxq.pruning import Prune
+
+    passes = api.pipeline_for(schemes.get("iao_w8a8"), how=Prune(ratio=0.5)).passes
     return [f"{p.name:<18} {(type(p).__doc__ or '').strip().splitlines()[0]}" for p in passes]
 
 

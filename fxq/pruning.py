@@ -115,6 +115,7 @@ class Plan:
         scores: float64 ``[n]`` for each group.
         readings: layers that read cut channels, and the constants that they absorb.
         share: what stays of MACs (by the labels), in [0, 1].
+        judged, pools: groups that the criterion ranks, and their limits.
     """
 
     groups: Groups
@@ -123,6 +124,8 @@ class Plan:
     scores: list[Labels]
     readings: list[Reading]
     share: float
+    judged: list[Group]
+    pools: list[Pool]
 
     @property
     def labels(self) -> Labels:
@@ -151,6 +154,7 @@ def plan(
     """
     named = _Named(gm, how)
     g = groups or find(gm, named.kept)
+    named.check(g)
     if not g.groups:
         reasons = "; ".join(f"{path}: {why}" for path, why in list(g.left.items())[:3])
         raise PassError(f"nothing can be cut ({reasons or 'no layer gives channels'})", where=WHERE, way_out="Take layers out of keep=, or do not prune")
@@ -182,7 +186,7 @@ def plan(
         none = np.empty(0, np.int64)
         readings = [Reading(r.node, none, np.empty(0), r.dropped + len(r.places)) for r in readings]
     kept = [keep[x.units] for x in g.groups]
-    return Plan(g, keep, kept, [value[x.units] for x in g.groups], readings, budget.share(macs, keep))
+    return Plan(g, keep, kept, [value[x.units] for x in g.groups], readings, budget.share(macs, keep), pooled, pools)
 
 
 class _Named:
@@ -210,6 +214,20 @@ class _Named:
             both = next((n for n in hits if n in self.kept), None)
             if both is not None:
                 raise PassError(f"keep= and ratios= both name it ({pattern!r})", where=f"{WHERE} / {both.target}", way_out="Take it out of one of them")
+
+    def check(self, g: Groups) -> None:
+        """Refuse ratios of their own for layers whose outputs must stay.
+
+        Raises:
+            PassError: naming the layer and what keeps it.
+        """
+        free = {n for x in g.groups for n, _ in x.givers}
+        for pattern in self.how.ratios:
+            hits = [n for n in self.layers if matches(self.gm, n, pattern, self.layers)]
+            stays = next((g.left[str(n.target)] for n in hits if str(n.target) in g.left), None)
+            if stays is not None and not free & set(hits):
+                way_out = "Only layers whose channels other layers of the model read can be cut"
+                raise PassError(f"ratios= names it, but its outputs stay: {stays}", where=f"{WHERE} / {hits[0].target}", way_out=way_out)
 
     def ratio(self, group: Group) -> float | None:
         """The group's own ratio."""

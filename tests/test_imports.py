@@ -39,10 +39,10 @@ STREET: tuple[tuple[str, ...], ...] = (
     ("tensorrt",),
     ("engine_proof",),
     ("admission", "sources"),
-    ("compiled",),
+    ("compiled", "sensitivity"),
     ("trainable", "slimming", "pruned"),
     ("api", "zoo", "modelfile", "sparsity"),
-    ("cli_engine",),
+    ("cli_engine", "cli_prune"),
     ("cli", "command"),
 )  # fmt: skip
 """A module imports from the rows above its own only."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -37,6 +38,7 @@ class PruneChannels(Pass):
     name: ClassVar[str] = "prune-channels"
     requires: ClassVar[tuple[str, ...]] = ("canonical", "shapes-known")
     ensures: ClassVar[tuple[str, ...]] = ("shapes-known",)
+    tolerance: ClassVar[float | None] = math.inf
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         multiple = self.how.multiple_of or ctx.target.channel_multiple
