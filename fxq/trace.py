@@ -17,7 +17,6 @@ from fxq import exported, parts, weight_masks
 from fxq.concrete import ConcreteTracer, OneBatchOnly
 from fxq.errors import TraceError
 from fxq.tracers import SymbolicTracer, fault_of, first_line, input_names, quiet, timm_leaves, trace
-from fxq.weight_masks import MASKED
 
 RUNGS = ("symbolic", "concrete", "export", "submodules")
 """The ladder, in order."""
@@ -81,7 +80,7 @@ def capture(
         raise TraceError(f"unknown rung {unknown[0]!r}", way_out=f"The rungs are {', '.join(RUNGS)}")
     root = copied(exported.program_module(model) if isinstance(model, ExportedProgram) else model)
     leaves = tuple(leaf_modules)
-    marks = {MASKED: True} if weight_masks.baked(root) else {}
+    marks = weight_masks.baked(root)
     if isinstance(root, GraphModule):
         given = _given(root, example, check)
         assert given.gm is not None

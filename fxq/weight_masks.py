@@ -20,7 +20,9 @@ from torch.nn.utils.parametrize import ParametrizationList
 from fxq.errors import FxqError
 
 MASKED = "weight_masks"
-"""Key in the meta of a captured graph whose model had masks."""
+"""Key in the meta of a captured graph whose model had masks: True."""
+PATTERN = "weight_pattern"
+"""Key in its meta: the pattern of the masks, where they have one."""
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
 
 
@@ -237,18 +239,19 @@ def pattern_mask(magnitude: Tensor, n: int, m: int, dim: int) -> Tensor:
     return mask.reshape(last.shape).movedim(-1, dim).contiguous()
 
 
-def baked(root: nn.Module) -> bool:
+def baked(root: nn.Module) -> dict[str, Any]:
     """Write the masks of a model into its weights, in place; each conv, linear and attention layer then says in ``weight_masked`` whether it had one.
 
     Where a weight is 0 that is not masked, ``weight_masked`` is the mask itself.
 
     Returns:
-        Whether there were any, now or when an earlier capture wrote them.
+        What the meta of a graph says of them; nothing when there were none, now or when an earlier capture wrote them.
     """
     try:
         masks = masks_of(root)
     except FxqError:
-        return any(getattr(m, "weight_masked", False) is not False for m in root.modules())
+        return {MASKED: True} if any(getattr(m, "weight_masked", False) is not False for m in root.modules()) else {}
+    found = {MASKED: True} if masks.pattern is None else {MASKED: True, PATTERN: masks.pattern}
     marks: dict[nn.Module, bool | Tensor] = {}
     for w in masks:
         more = bool(((w.original == 0) & w.own.mask).any())
@@ -258,7 +261,7 @@ def baked(root: nn.Module) -> bool:
     for m in root.modules():
         if isinstance(m, LAYERS):
             vars(m)["weight_masked"] = marks.get(m, False)
-    return True
+    return found
 
 
 def mask_of(layer: nn.Module, in_masked_model: bool) -> Tensor | None:

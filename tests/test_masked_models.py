@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from onnx import numpy_helper
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -305,6 +306,18 @@ def test_the_pattern_is_whole_in_the_file(mode: str, target: str) -> None:
     found = quads(m.lower("onnx-qdq").data)
     assert len(found) == len(masks) + 1 and [n for n, whole in found.items() if not whole] == ["stem.conv"]
     assert list(masks.skipped) == ["stem.weight"]
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+def test_channel_shuffles_leave_the_pattern_alone(target: str) -> None:
+    """For ONNX Runtime they would vanish into the order of the weights' channels, where the weights have no pattern."""
+    torch.manual_seed(0)
+    model, x = torchvision.models.shufflenet_v2_x0_5(weights=None).eval(), torch.randn(2, 3, 64, 64)
+    masks = sparsify(model, pattern="2:4")
+    m = fxq.compile(model, "int8", calibration=x, target=target, progress=False)
+    assert {f"{n}.weight" for n, whole in quads(m.lower("onnx-qdq").data).items() if not whole} == set(masks.skipped)
+    said = [s.why for s in m.history["legalize"].skips if s.node == "shuffle"]
+    assert said == (["the pattern 2:4 of the weights needs their channels in this order"] if target == "onnxruntime" else [])
 
 
 def test_pruned_and_sparse() -> None:

@@ -9,7 +9,9 @@ from torch.fx import GraphModule
 
 from fxq import forms, forms_shuffle, forms_tidy, forms_unpack
 from fxq.errors import PassError, nearest
+from fxq.graph import walk
 from fxq.pipeline import Pass, PassContext
+from fxq.weight_masks import PATTERN
 
 FORMS: dict[str, forms.Form] = {
     "tidy": forms_tidy.tidy,
@@ -39,6 +41,7 @@ FIXES = ("batch-norm",)
 class Legalize(Pass):
     """Apply the forms named in ``target.forms``, in their order; the function stays the same up to float rounding.
 
+    Weights in a pattern (2:4) keep the order of their channels, and with it the shuffles between them.
     Without activation grids (schemes that are not ``static``) only the forms of :data:`ALWAYS` are applied.
 
     Raises:
@@ -54,6 +57,9 @@ class Legalize(Pass):
             if name not in FORMS:
                 fact = f"target {ctx.target.name!r} names the unknown form {name!r}"
                 raise PassError(fact, where=self.name, way_out=nearest(name, FORMS))
-        left = (*MIXES, *FIXES) if ctx.scheme.trains else MIXES
+        left, pattern = (*MIXES, *FIXES) if ctx.scheme.trains else MIXES, gm.meta.get(PATTERN)
         wanted = [f for f in ctx.target.forms if (ctx.scheme.method == "static" or f in ALWAYS) and not (ctx.train and f in left)]
+        if pattern is not None and "shuffle" in wanted and list(walk(gm, "index_select")):
+            wanted.remove("shuffle")
+            ctx.skip("shuffle", f"the pattern {pattern} of the weights needs their channels in this order")
         return sum(FORMS[f](gm, ctx) for f in wanted)
