@@ -1,4 +1,4 @@
-"""Torch-Pruning (``pip install torch-pruning``) as its examples use it, and the uncut net that a cut of it must equal."""
+"""Torch-Pruning (``pip install torch-pruning``) as its examples use it, the uncut net that a cut of it must equal, and CIFAR ResNets for it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+
+from fxq.zoo.cifar_resnet import BasicBlock, CifarResNet
 
 SWIN = torchvision.models.swin_transformer.ShiftedWindowAttention
 
@@ -171,3 +173,62 @@ def cut(net: nn.Module, x: Tensor, ratio: float, multiple: int = 1) -> Cut:
     if isinstance(net, torchvision.models.VisionTransformer):
         net.hidden_dim = net.conv_proj.out_channels  # its forward uses this number
     return Cut(net, watch.masked(), seconds)
+
+
+class PadShortcut(nn.Module):
+    """The shortcut of a block that strides, as a concatenation: Torch-Pruning cannot follow ``F.pad``, but it cuts parameters. They stay zero."""
+
+    def __init__(self, grow: int) -> None:
+        super().__init__()
+        self.before, self.after = (nn.Parameter(torch.zeros(1, grow, 1, 1)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, C, H, W] -> [N, C + 2 grow, H / 2, W / 2]``."""
+        x = x[:, :, ::2, ::2]
+        n, _, h, w = x.shape
+        return torch.cat([self.before.expand(n, -1, h, w), x, self.after.expand(n, -1, h, w)], 1)
+
+
+class Block(nn.Module):
+    """A block of a CIFAR ResNet with a shortcut that Torch-Pruning can follow."""
+
+    def __init__(self, block: BasicBlock) -> None:
+        super().__init__()
+        self.conv1, self.bn1, self.conv2, self.bn2 = block.conv1, block.bn1, block.conv2, block.bn2
+        self.shortcut = PadShortcut(block.grow) if block.grow else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the block that it was made from."""
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(self.shortcut(x) + y)
+
+
+def followable(net: CifarResNet) -> CifarResNet:
+    """A copy of a CIFAR ResNet that computes the same and that Torch-Pruning can cut."""
+    net = copy.deepcopy(net)
+    for stage in (net.layer1, net.layer2, net.layer3):
+        for i, block in enumerate(stage):
+            stage[i] = Block(block)  # type: ignore[arg-type]
+    return net
+
+
+def to_macs(net: CifarResNet, x: Tensor, share: float, steps: int = 400) -> nn.Module:
+    """A copy of a CIFAR ResNet, cut in small steps until at most this share of its MACs (as Torch-Pruning counts them) is left.
+
+    The steps, the criterion and the global ranking are those of the project's own benchmarks of group norm without sparse training.
+    """
+    import torch_pruning as tp
+
+    made = followable(net)
+    whole, _ = tp.utils.count_ops_and_params(made, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cutter = pruner(made, x, 1.0, steps=steps)
+        for _ in range(steps):
+            if tp.utils.count_ops_and_params(made, x)[0] <= share * whole:
+                break
+            cutter.step()
+    for m in made.modules():
+        if isinstance(m, PadShortcut):
+            m.requires_grad_(False)
+    return made
