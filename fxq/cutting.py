@@ -34,6 +34,7 @@ class Cutter:
         self.changed = 0
         self._made: dict[tuple[Any, ...], Tensor] = {}
         self._held: list[Tensor] = []
+        self._replaced: set[str] = set()
 
     def run(self) -> int:
         """Cut all nodes; shapes in the nodes' meta are those of before."""
@@ -41,6 +42,12 @@ class Cutter:
             cut = CUTS.get(kind(self.gm, node))
             if cut is not None:
                 cut(self, node)
+        read = {str(n.target) for n in self.gm.graph.nodes if n.op == "get_attr"}
+        runs = {str(n.target) for n in self.gm.graph.nodes if n.op == "call_module"}
+        for name in self._replaced - read:
+            owner, _, last = name.rpartition(".")
+            if owner not in runs:
+                delattr(self.gm.get_submodule(owner), last)
         return self.changed
 
     def kept(self, labels: Labels | None) -> Kept:
@@ -175,6 +182,7 @@ def _constant(c: Cutter, node: Node) -> None:
     if any(k is not None for k in kept):
         value = c.take(attr(c.gm, node), *kept)
         assert value is not None
+        c._replaced.add(str(node.target))
         owner = {id(t): name for name, t in [*c.gm._parameters.items(), *c.gm._buffers.items()] if t is not None}
         node.target = owner.get(id(value)) or add_tensor(c.gm, str(node.target), value)
         c.changed += 1

@@ -29,6 +29,7 @@ class Group:
         name: module path of the first layer that gives them.
         units: int64 ``[n]``, ascending.
         cells: int64 ``[n]``: which cell a unit lies in; all cells have one size and keep one number. Zeros without grouped layers.
+        columns: int64 ``[n]``, where two grouped layers cross (a channel shuffle between them): the cells of the second; or ``None``.
         givers: the layers whose outputs they are, and how many channels of each one unit is (the width of a head, 1 for channels).
     """
 
@@ -36,6 +37,7 @@ class Group:
     units: Labels
     cells: Labels
     givers: tuple[tuple[Node, int], ...]
+    columns: Labels | None = None
 
     def step(self, multiple: int) -> int:
         """Least step of the count of units that keeps every giver's width a multiple of ``multiple``."""
@@ -159,8 +161,9 @@ def _pool(g: Groups, why: dict[int, str], tags: dict[int, list[tuple[int, int]]]
         if fault is not None:
             why.update({u: fault for key in keys for u in classes[key]})
             continue
+        cells, columns = _partitions(g, keys, classes)
         pairs = sorted((u, i) for i, key in enumerate(keys) for u in classes[key])
-        units = np.array([u for u, _ in pairs])
+        units, at = np.array([u for u, _ in pairs]), np.array([i for _, i in pairs])
         widths: dict[int, int] = {}
         for key in keys:
             for i, n in key[0]:
@@ -169,8 +172,35 @@ def _pool(g: Groups, why: dict[int, str], tags: dict[int, list[tuple[int, int]]]
         name = str(givers[0][0].target)
         taken[name] += 1
         name = name if taken[name] == 1 else f"{name}#{taken[name]}"
-        g.groups.append(Group(name, units, np.array([i for _, i in pairs]), givers))
-    g.groups.sort(key=lambda x: int(x.units[0]))
+        g.groups.append(Group(name, units, cells[at], givers, None if columns is None else columns[at]))
+    order = {giver.node: i for i, giver in enumerate(g.channels.givers)}
+    g.groups.sort(key=lambda x: (order[x.givers[0][0]], int(x.units[0])))
+
+
+def _partitions(g: Groups, keys: list[tuple[Any, ...]], classes: Mapping[tuple[Any, ...], list[int]]) -> tuple[Labels, Labels | None]:
+    """The fewest partitions of the classes that hold every constraint: cell of each class, and where two cross freely the cell of the second."""
+    whole = np.arange(len(keys))
+    found: dict[tuple[int, ...], None] = {}
+    for i in sorted({i for k in keys for i, _ in k[1]}):
+        cell = [dict(k[1]).get(i, -1) for k in keys]
+        times = np.bincount(g.unit[g.channels.cells[i].labels], minlength=g.count)
+        if -1 in cell or len({int(times[classes[k][0]]) for k in keys}) > 1:
+            return whole, None
+        found[tuple(np.unique(cell, return_inverse=True)[1].tolist())] = None
+    parts = [p for p in found if not any(q != p and _refines(q, p) for q in found)]
+    if not parts:
+        return np.zeros(len(keys), np.int64), None
+    if len(parts) == 1:
+        return np.array(parts[0]), None
+    a, b = np.array(parts[0]), np.array(parts[1])
+    both = np.unique(a * (b.max() + 1) + b, return_counts=True)[1]
+    crossed = len(parts) == 2 and len(both) == (a.max() + 1) * (b.max() + 1) and len(set(both.tolist())) == 1
+    return (a, b) if crossed else (whole, None)
+
+
+def _refines(fine: tuple[int, ...], coarse: tuple[int, ...]) -> bool:
+    """Each cell of ``fine`` lies in one of ``coarse``."""
+    return len(set(zip(fine, coarse, strict=True))) == len(set(fine))
 
 
 def _unequal(g: Groups, keys: list[tuple[Any, ...]], classes: Mapping[tuple[Any, ...], list[int]]) -> str | None:

@@ -296,7 +296,7 @@ def _arrays(dims: Any) -> Iterable[Labels]:
 def _pool(x: Group, value: Labels, reserved: Labels, named: _Named, how: Prune, multiple: int) -> Pool:
     least, most = named.limit(x, how.at_least, "at_least") or 1, named.limit(x, how.at_most, "at_most")
     own = reserved[x.units]
-    return Pool(x.name, value[x.units], x.cells, x.step(multiple), least, None if most in (None, len(x.units)) else most, own, named.ratio(x))
+    return Pool(x.name, value[x.units], x.cells, x.step(multiple), least, None if most in (None, len(x.units)) else most, own, named.ratio(x), x.columns)
 
 
 def apply(p: Plan) -> int:

@@ -28,6 +28,8 @@ class Pool:
         name: for errors.
         scores: float64 ``[n]``, larger is more important, no NaN.
         cells: int64 ``[n]``, the cell of each unit, ``0..m-1``. All cells have the same size and keep the same number of units (grouped convolutions).
+        columns: int64 ``[n]``: cells of a second partition that crosses the first one evenly (a grouped convolution before and one behind a channel
+            shuffle); both keep the same number in each of their cells. None: there is one partition.
         multiple: the kept count is a multiple of it and of the number of cells.
         least: floor of the kept count; the whole pool where it is larger.
         most: cap of the kept count; None for no cap.
@@ -46,6 +48,7 @@ class Pool:
     most: int | None = None
     reserved: Bools | None = None
     ratio: float | None = None
+    columns: Ints | None = None
 
     def __post_init__(self) -> None:
         n, where = len(self.scores), f"{_WHERE} / {self.name}"
@@ -56,6 +59,8 @@ class Pool:
             raise PassError(f"the score of unit {first} is not a number", where=where, way_out="Look for NaN in the weights, the batch norms or the gradients")
         if self.cells.min() < 0 or len(set(np.bincount(self.cells).tolist())) != 1:
             raise PassError("the cells of a pool must be of equal size", where=where)
+        if self.columns is not None and (self.columns.shape != (n,) or len(set(np.bincount(self._crossed, minlength=self._crossings).tolist())) != 1):
+            raise PassError("the two partitions of a pool must cross evenly", where=where)
         if self.ratio is not None:
             _check_ratio(self.ratio, where)
         if self.multiple < 1 or self.least < 1:
@@ -87,16 +92,30 @@ class Pool:
         return int(self.cells.max()) + 1
 
     @property
+    def number_of_columns(self) -> int:
+        """Number of cells of the second partition, at least 1."""
+        return 1 if self.columns is None else int(self.columns.max()) + 1
+
+    @property
+    def _crossings(self) -> int:
+        return self.number_of_cells * self.number_of_columns
+
+    @property
+    def _crossed(self) -> Ints:
+        """Cell of both partitions together."""
+        return self.cells if self.columns is None else self.cells * self.number_of_columns + self.columns
+
+    @property
     def step(self) -> int:
-        """What the kept count is a multiple of: the least common multiple of ``multiple`` and the number of cells."""
-        return math.lcm(self.multiple, self.number_of_cells)
+        """What the kept count is a multiple of: the least common multiple of ``multiple`` and the numbers of cells of both partitions."""
+        return math.lcm(self.multiple, self.number_of_cells, self.number_of_columns)
 
     @property
     def needed(self) -> int:
         """The least count that keeps all reserved units, with as many in each cell."""
         if self.reserved is None or not self.reserved.any():
             return 0
-        return self.number_of_cells * int(np.bincount(self.cells[self.reserved]).max())
+        return self._crossings * int(np.bincount(self._crossed[self.reserved]).max())
 
     @property
     def _bounds(self) -> tuple[int, int]:
@@ -115,11 +134,55 @@ class Pool:
         return min(max((2 * count + self.step) // (2 * self.step) * self.step, low), high)
 
     def order_in_cells(self) -> Ints:
-        """int64 ``[n]``: the place of each unit in its cell, reserved units first, then by score, ties by index."""
+        """int64 ``[n]``: the place of each unit in its cell (of both partitions), reserved units first, then by score, ties by index."""
         free = np.zeros(self.size, np.bool_) if self.reserved is None else ~self.reserved
         place = np.empty(self.size, np.int64)
-        place[np.lexsort((-self.scores, free, self.cells))] = np.arange(self.size) % (self.size // self.number_of_cells)
+        place[np.lexsort((-self.scores, free, self._crossed))] = np.arange(self.size) % (self.size // self._crossings)
         return place
+
+    def kept(self, count: int, place: Ints) -> Bools:
+        """bool ``[n]``: the best units, as many in each cell.
+
+        Args:
+            count: a legal count. place: of ``order_in_cells``.
+        """
+        if self.columns is None or count == self.size:
+            return place < count // self.number_of_cells
+        rows, columns = self.number_of_cells, self.number_of_columns
+        level, rest = divmod(count, rows * columns)
+        gains = np.full((rows, columns), -np.inf)
+        at = place == level
+        gains[self.cells[at], self.columns[at]] = self.scores[at]
+        more = _even(gains, rest // rows)
+        return place < level + more[self.cells, self.columns]
+
+
+def _even(gains: Floats, each: int) -> Ints:
+    """A matrix of zeros and ones with ``each`` ones in every row and as many in every column as in any other; one of great total gain.
+
+    It begins with the even diagonal pattern; then pairs of rows trade columns as long as that gains.
+    """
+    rows, columns = gains.shape
+    taken = np.zeros((rows, columns), np.int64)
+    for i in range(rows * each):
+        taken[i // each, i % columns] = 1
+    for _ in range(rows):
+        traded = False
+        for a in range(rows):
+            for b in range(a + 1, rows):
+                swap = gains[b] - gains[a]  # what moving a one from row a to row b gains, by column
+                down = np.flatnonzero((taken[a] == 1) & (taken[b] == 0))
+                up = np.flatnonzero((taken[a] == 0) & (taken[b] == 1))
+                if not len(down):
+                    continue
+                down, up = down[np.argsort(-swap[down], kind="stable")], up[np.argsort(swap[up], kind="stable")]
+                pays = swap[down] - swap[up] > 0
+                taken[a, down[pays]] = taken[b, up[pays]] = 0
+                taken[b, down[pays]] = taken[a, up[pays]] = 1
+                traded |= bool(pays.any())
+        if not traded:
+            break
+    return taken
 
 
 class _Ranking:
@@ -160,7 +223,7 @@ class _Ranking:
         return [_remaining(p.size, ratio if p.ratio is None else p.ratio) for p in self.pools]
 
     def kept(self, counts: Sequence[int]) -> list[Bools]:
-        return [place < p.rounded(c) // p.number_of_cells for p, place, c in zip(self.pools, self.places, counts, strict=True)]
+        return [p.kept(p.rounded(c), place) for p, place, c in zip(self.pools, self.places, counts, strict=True)]
 
 
 def select(pools: Sequence[Pool], ratio: float, scope: str = "global") -> list[Bools]:
