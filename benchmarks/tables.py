@@ -150,13 +150,21 @@ def lowbit() -> str:
     return text + "\n\n" + table(["net", *columns], [[k, *(r[c] for c in columns)] for k, r in shown.items()])
 
 
+def sparsity() -> str:
+    rows, source = load("sparsity")
+    columns = ["float", "cut at once", "trained", "iao_w8a8", "ONNX Runtime", "density", "masked but not 0", "codes not 0", "steps"]
+    text = f"Weights cut by magnitude, CIFAR-10 test accuracy ({source}): before, right behind the cut, after training with masks, in int8, as a file:"
+    return text + "\n\n" + table(["net", "cut", *columns], [[*k.split(" "), *(r[c] for c in columns)] for k, r in rows.items()])
+
+
 TABLES: dict[str, Callable[[], str]] = {"coverage": coverage, "accuracy": accuracy, "speed": speed, "compile": compile_time, "observers": observers}
 TABLES |= {"tensorrt": tensorrt, "tensorrt_accuracy": tensorrt_accuracy, "training": training, "training_steps": training_steps, "size": size, "lowbit": lowbit}
+TABLES |= {"sparsity": sparsity}
 SOURCES = {"tensorrt": "tensorrt_int8_sm86"}
 
 
 def main() -> None:
-    for page in (ROOT / "README.md", *(ROOT / "docs" / f"{n}.md" for n in ("schemes", "tensorrt", "training"))):
+    for page in (ROOT / "README.md", *(ROOT / "docs" / f"{n}.md" for n in ("schemes", "tensorrt", "training", "sparsity"))):
         text = page.read_text()
         for name in re.findall(r"<!-- bench:(\w+) -->", text):
             if not (RESULTS / f"{SOURCES.get(name, name)}.json").exists():

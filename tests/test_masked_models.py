@@ -22,6 +22,7 @@ from fxq.errors import ArtifactError, SchemeError
 from fxq.graph import module_of, walk
 from fxq.modules import WEIGHTED, Quantized
 from fxq.sparsity import masks_of, sparsify
+from fxq.tensorrt import EngineArtifact
 from fxq.trainable import TrainableModel
 from fxq.training import FloatLayer, Normed, TrainedLayer
 from fxq.training_lowbit import EstimatedLayer
@@ -306,6 +307,27 @@ def test_the_pattern_is_whole_in_the_file(mode: str, target: str) -> None:
     found = quads(m.lower("onnx-qdq").data)
     assert len(found) == len(masks) + 1 and [n for n, whole in found.items() if not whole] == ["stem.conv"]
     assert list(masks.skipped) == ["stem.weight"]
+
+
+def test_an_engine_with_sparse_kernels() -> None:
+    """TensorRT-RTX takes the flag without a GPU; the engine is of the same size."""
+    torch.manual_seed(0)
+    model, x = zoo.build("tiny_resnet8").eval(), torch.randn(4, 3, 32, 32)
+    sparsify(model, pattern="2:4")
+    m = fxq.compile(model, "int8", calibration=x, target="tensorrt", progress=False)
+    sparse, dense = (m.lower("tensorrt", sparsity=s, package="tensorrt_rtx", target="sm86", level=0) for s in (True, False))
+    assert isinstance(sparse, EngineArtifact) and sparse.checks and not sparse.mismatches
+    assert quads(sparse.onnx)["stages.0.conv1.conv"] and len(sparse.data) == len(dense.data)
+
+
+def test_an_exported_program_has_the_zeros() -> None:
+    """What it does not say is that they were masks."""
+    model, masks = masked_net()
+    program = torch.export.export(model, (X,))
+    found = list(values(fxq.compile(program, "iao_w8a8", calibration=X, progress=False)).values())
+    assert len(found) == len(masks) and all(not bool(v[~k].any()) for v, k in zip(found, masks.values(), strict=True))
+    q = fxq.compile(program, "iao_w8a8", mode="qat", calibration=X, progress=False)
+    assert not any(m._buffers.get("weight_mask") is not None for m in q.modules())
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])

@@ -3,6 +3,7 @@
 import copy
 import io
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from fxq.slimming import THRESHOLDS
 from fxq.sparsity import SlimmingPenalty
 from fxq.trainable import TrainableModel
 from tests.test_training import X, net
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class Norms(nn.Module):
@@ -279,3 +282,15 @@ def test_refused(call: Any, said: str) -> None:
     with pytest.raises(FxqError) as e:
         call()
     assert said in str(e.value) and e.value.way_out
+
+
+def test_the_page_is_true(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The code of docs/sparsity.md runs."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    for code in re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/sparsity.md").read_text(), re.MULTILINE | re.DOTALL):
+        exec(compile(code, "docs/sparsity.md", "exec"), names)
+    assert names["masks"].density() == pytest.approx(0.1, abs=1e-4) and (tmp_path / "sparse.onnx").exists()
+    assert len(names["penalty"].gammas) == 19
+    assert "|gamma| of" in capsys.readouterr().out
