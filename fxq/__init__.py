@@ -11,7 +11,7 @@ _PUBLIC = {
     "compile": "fxq.api",
     "prune": "fxq.api",
     "Prune": "fxq.pruning",
-    "sensitivity": "fxq.sensitivity",
+    "sensitivity": "fxq.group_sensitivity",
     "save": "fxq.modelfile",
     "load": "fxq.modelfile",
     "CompiledModel": "fxq.compiled",

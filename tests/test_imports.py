@@ -39,7 +39,7 @@ STREET: tuple[tuple[str, ...], ...] = (
     ("tensorrt",),
     ("engine_proof",),
     ("admission", "sources"),
-    ("compiled", "sensitivity"),
+    ("compiled", "group_sensitivity"),
     ("trainable", "slimming", "pruned"),
     ("api", "zoo", "modelfile", "sparsity"),
     ("cli_engine", "cli_prune"),
