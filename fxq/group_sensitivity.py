@@ -14,7 +14,6 @@ from fxq import admission, pruning, schemes, targets
 from fxq.calibration import Batches
 from fxq.dead_channels import Constants
 from fxq.errors import CalibrationError, TraceError
-from fxq.groups import find
 from fxq.masking import masked
 from fxq.passes.canonicalize import Canonicalize
 from fxq.passes.propagate_shapes import PropagateShapes

@@ -163,7 +163,7 @@ def _pool(g: Groups, why: dict[int, str], tags: dict[int, list[tuple[int, int]]]
             continue
         cells, columns = _partitions(g, keys, classes)
         pairs = sorted((u, i) for i, key in enumerate(keys) for u in classes[key])
-        units, at = np.array([u for u, _ in pairs]), np.array([i for _, i in pairs])
+        units, place = np.array([u for u, _ in pairs]), np.array([i for _, i in pairs])
         widths: dict[int, int] = {}
         for key in keys:
             for i, n in key[0]:
@@ -172,7 +172,7 @@ def _pool(g: Groups, why: dict[int, str], tags: dict[int, list[tuple[int, int]]]
         name = str(givers[0][0].target)
         taken[name] += 1
         name = name if taken[name] == 1 else f"{name}#{taken[name]}"
-        g.groups.append(Group(name, units, cells[at], givers, None if columns is None else columns[at]))
+        g.groups.append(Group(name, units, cells[place], givers, None if columns is None else columns[place]))
     order = {giver.node: i for i, giver in enumerate(g.channels.givers)}
     g.groups.sort(key=lambda x: (order[x.givers[0][0]], int(x.units[0])))
 
