@@ -1,6 +1,6 @@
 """What does cutting weights by magnitude cost in accuracy, and does it last: masked in training, then through int8 training to the ONNX file?
 
-Run: python benchmarks/bench_sparsity.py [--net resnet20] [--images 20000] [--epochs 1] [--cuts 0.8 0.9 2:4] [--threads 1]
+Run: python benchmarks/bench_sparsity.py [--net resnet20] [--images 20000] [--epochs 1] [--cuts 0.9 2:4] [--threads 1]
 
 For each cut of the pretrained CIFAR-10 net: accuracy right behind the cut without training, after epochs of training in which the cut grows by the cubic
 schedule in the first half (2:4 from the start), after a quarter epoch of iao_w8a8 training on top, and of its ONNX file in ONNX Runtime; how many masked
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--net", default="resnet20")
     p.add_argument("--images", type=int, default=20000)
     p.add_argument("--epochs", type=float, default=1)
-    p.add_argument("--cuts", nargs="+", default=["0.8", "0.9", "2:4"])
+    p.add_argument("--cuts", nargs="+", default=["0.9", "2:4"])
     p.add_argument("--lr", type=float, default=0.02)
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--fresh", action="store_true", help="begin the table anew")

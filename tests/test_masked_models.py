@@ -342,7 +342,7 @@ def test_channel_shuffles_leave_the_pattern_alone(target: str) -> None:
     assert said == (["the pattern 2:4 of the weights needs their channels in this order"] if target == "onnxruntime" else [])
 
 
-def test_pruned_and_sparse() -> None:
+def test_pruned_and_sparse(tmp_path: Path) -> None:
     """Channels first, then weights, then training in integers; zeros that were there before the cut are held as well."""
     model, _ = masked_net()
     pruned = fxq.prune(model, fxq.Prune(ratio=0.3, multiple_of=1), example=X, progress=False)
@@ -350,6 +350,8 @@ def test_pruned_and_sparse() -> None:
     first = {p: m.weight.detach() != 0 for p, m in pruned.graph_module.named_modules() if hasattr(m, "weight_masked")}  # type: ignore[union-attr, operator]
     assert len(first) == 4
     assert holds(steps(qat(pruned)).convert(), first)
+    fxq.save(pruned, tmp_path / "p.fxq")
+    assert holds(steps(qat(fxq.load(tmp_path / "p.fxq"))).convert(), first)
     dense = fxq.prune(net(), fxq.Prune(ratio=0.3, multiple_of=1), example=X, progress=False)
     masks = {w.name.removeprefix("root.").removesuffix(".weight"): w.own.mask.clone() for w in sparsify(dense, 0.6)}
     assert holds(steps(qat(dense)).convert(), masks)

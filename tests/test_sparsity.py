@@ -202,13 +202,15 @@ def test_a_penalty_that_is_gone_leaves_the_model_alone() -> None:
         assert not m._forward_pre_hooks
 
 
-def test_in_a_trainable_and_in_a_pruned_model() -> None:
+def test_in_a_trainable_and_in_a_pruned_model(tmp_path: Path) -> None:
     x = torch.randn(4, 3, 6, 6)
     q = fxq.compile(Ends().eval(), "iao_w8a8", mode="qat", calibration=x, progress=False)
     assert list(SlimmingPenalty(q, example=x).gammas) == ["inner"]
     pruned = fxq.prune(Ends().eval(), fxq.Prune(ratio=0.5, multiple_of=1), example=x, progress=False)
-    found = SlimmingPenalty(pruned, example=x).gammas
-    assert list(found) == ["inner"] and len(found["inner"]) == 4, "of 6"
+    fxq.save(pruned, tmp_path / "p.fxq")
+    for model in (pruned, fxq.load(tmp_path / "p.fxq")):
+        found = SlimmingPenalty(model, example=x).gammas
+        assert list(found) == ["inner"] and len(found["inner"]) == 4, "of 6"
 
 
 def test_wrapped_models() -> None:

@@ -116,9 +116,11 @@ def test_pattern_along_input_channels(n: int, m: int) -> None:
 
 
 def test_layers_that_do_not_fit_a_pattern_are_named() -> None:
-    masks = sparsify(nn.ModuleDict({"rgb": nn.Conv2d(3, 8, 3), "depth": nn.Conv2d(8, 8, 3, groups=8), "fc": nn.Linear(8, 5)}), pattern="2:4")
+    up = nn.ConvTranspose2d(8, 8, 2, groups=4)
+    masks = sparsify(nn.ModuleDict({"rgb": nn.Conv2d(3, 8, 3), "depth": nn.Conv2d(8, 8, 3, groups=8), "up": up, "fc": nn.Linear(8, 5)}), pattern="2:4")
     assert [w.name for w in masks] == ["fc.weight"]
-    assert masks.skipped == {"rgb.weight": "its 3 input channels are no multiple of 4", "depth.weight": "its 1 input channels per group are no multiple of 4"}
+    assert masks.skipped == {"rgb.weight": "its 3 input channels are no multiple of 4", "depth.weight": "its 1 input channels per group are no multiple of 4",
+                             "up.weight": "its 2 input channels per group are no multiple of 4"}  # fmt: skip
 
 
 def test_scope_layer_cuts_the_share_of_each() -> None:
