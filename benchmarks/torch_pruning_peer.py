@@ -92,6 +92,7 @@ class Watch:
 
     def __init__(self, net: nn.Module) -> None:
         self.names = {m: n for n, m in net.named_modules()}
+        self.depthwise = {m for m in net.modules() if _depthwise(m)}  # a grouped convolution may become one on the way
         self.whole = copy.deepcopy(net)
         self.reads: dict[str, list[int]] = {}
         self.norms: dict[str, list[int]] = {}
@@ -106,7 +107,7 @@ class Watch:
             if isinstance(module, (nn.LayerNorm, nn.MultiheadAttention)):
                 width = module.embed_dim if isinstance(module, nn.MultiheadAttention) else module.normalized_shape[-1]
                 _drop(self.norms, name, width, idxs)
-            elif isinstance(module, (nn.Linear, nn.Conv2d)) and not _depthwise(module) and not is_out(dep.handler):
+            elif isinstance(module, (nn.Linear, nn.Conv2d)) and module not in self.depthwise and not is_out(dep.handler):
                 _drop(self.reads, name, module.weight.shape[1] * getattr(module, "groups", 1), idxs)
 
     def masked(self) -> nn.Module:
@@ -126,7 +127,7 @@ class Watch:
 
 
 def _depthwise(layer: Any) -> bool:
-    return getattr(layer, "groups", 1) > 1 and layer.groups == layer.out_channels
+    return isinstance(layer, nn.Conv2d) and layer.groups > 1 and layer.groups == layer.out_channels
 
 
 def _drop(table: dict[str, list[int]], name: str, width: int, idxs: list[int]) -> None:

@@ -132,6 +132,17 @@ def test_the_masked_twin_follows_groups_that_are_cut_one_after_the_other(load: A
         torch.testing.assert_close(masked(x), want)
 
 
+def test_a_grouped_convolution_that_becomes_depthwise_is_still_followed(load: Any) -> None:
+    watch_of = load("torch_pruning_peer").Watch
+    net = nn.Sequential(nn.Conv2d(4, 4, 1, groups=2))
+    net.groups = 2  # type: ignore[assignment]  # as torchvision's ResNet has
+    watch = watch_of(net)
+    net[0].out_channels = 2  # its outputs are cut already
+    watch.group([(SimpleNamespace(target=SimpleNamespace(module=net[0]), handler="in"), [1, 3])], lambda way: way == "out")
+    weight = watch.masked()[0].weight
+    assert not weight[:, 1].any() and bool((weight[:, 0] != 0).all())
+
+
 def test_the_classifier_is_found(load: Any) -> None:
     net = zoo.build("nin_gc")
     assert load("torch_pruning_peer").classifier(net, 10) is net.features[10].conv
