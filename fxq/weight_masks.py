@@ -69,10 +69,21 @@ class MaskedWeight:
     dim: int
 
     @property
+    def masks(self) -> tuple[WeightMask, ...]:
+        """The parametrization at each place, all with the same mask.
+
+        Raises:
+            FxqError: when it was removed.
+        """
+        for layer, tensor in self.places:
+            if not parametrize.is_parametrized(layer, tensor):
+                raise FxqError("its mask was removed", where=self.name, way_out="Call sparsify again")
+        return tuple(next(p for p in parametrizations(layer)[tensor] if isinstance(p, WeightMask)) for layer, tensor in self.places)
+
+    @property
     def own(self) -> WeightMask:
-        """The parametrization."""
-        layer, tensor = self.places[0]
-        return next(p for p in parametrizations(layer)[tensor] if isinstance(p, WeightMask))
+        """The first of :attr:`masks`."""
+        return self.masks[0]
 
     @property
     def original(self) -> Tensor:
@@ -126,7 +137,6 @@ class WeightMasks:
             FxqError: for a ratio below that of now or outside [0, 1), for masks of a pattern, after :meth:`remove`, and for NaN in a weight.
         """
         require_ratio(ratio)
-        self._require_here()
         if self.pattern is not None:
             raise FxqError(f"the pattern {self.pattern} says how much is cut", way_out="Call remove(), then sparsify with a ratio")
         magnitudes = [magnitude_of(w.original, w.name).masked_fill(~w.own.mask, -1.0) for w in self]
@@ -137,8 +147,8 @@ class WeightMasks:
         masks = [m for part in together for m in magnitude_masks(part, ratio)]
         with torch.no_grad():
             for w, mask in zip(self, masks, strict=True):
-                for layer, tensor in w.places:
-                    next(p for p in parametrizations(layer)[tensor] if isinstance(p, WeightMask)).mask.copy_(mask)
+                for own in w.masks:
+                    own.mask.copy_(mask)
 
     def remove(self) -> None:
         """Write the zeros into the weights and take the masks out (and what else computes these weights); the parameters stay the same objects.
@@ -146,19 +156,11 @@ class WeightMasks:
         Raises:
             FxqError: when they are gone already.
         """
-        self._require_here()
-        for layer in {layer: None for w in self for layer, _ in w.places}:
+        for layer in {layer: None for w in self for layer, _ in w.places if w.masks}:
             _bare(layer)
-
-    def _require_here(self) -> None:
-        for w in self:
-            for layer, tensor in w.places:
-                if not parametrize.is_parametrized(layer, tensor):
-                    raise FxqError("its mask was removed", where=w.name, way_out="Call sparsify again")
 
     def to_json(self) -> dict[str, Any]:
         """Density and every weight, as plain values."""
-        self._require_here()
         rows = [{"weight": w.name, "shape": list(w.own.mask.shape), "kept": w.kept, "total": w.total, "density": w.kept / w.total} for w in self]
         return {"density": self.density(), "scope": self.weights[0].own.scope, "pattern": self.pattern, "weights": rows, "skipped": self.skipped}
 
