@@ -31,7 +31,7 @@ class GroupCut:
         name: of the group.
         members: nodes that are cut together.
         kept: bool ``[units]``, True for units that stay.
-        unit: what one unit is: ``channel``, ``head``.
+        unit: what one unit is, the noun first: ``channel``, ``block of 4 channels``.
     """
 
     name: str
@@ -235,7 +235,8 @@ def _db(value: float) -> str:
 
 
 def _stay(g: GroupCut) -> str:
-    return f"{g.after} of {g.before} {g.unit}{'' if g.before == 1 else 's'}"
+    noun, blank, rest = g.unit.partition(" ")
+    return f"{g.after} of {g.before} {noun}{'' if g.before == 1 else 's'}{blank}{rest}"
 
 
 def _bar(share: float) -> str:

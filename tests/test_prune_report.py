@@ -35,7 +35,7 @@ SENSITIVITY = Sensitivity((SensitivityRow("stem", 16, 4, 21.26), SensitivityRow(
 def report() -> PruneReport:
     kept = np.arange(16) % 2 == 0
     kept[1] = True
-    groups = [GroupCut("stem", ("stem", "bn"), kept), GroupCut("block.<1>", ("block.<1>",), np.arange(32) < 8, "head")]
+    groups = [GroupCut("stem", ("stem", "bn"), kept), GroupCut("block.<1>", ("block.<1>",), np.arange(32) < 8, "block of 2 channels")]
     return PruneReport(BEFORE, AFTER, groups, [("head", "its width is the net's & output")], 3, SENSITIVITY)
 
 
@@ -52,7 +52,7 @@ def test_text(report: PruneReport) -> None:
     assert len({len(line) for line in lines[:10]}) == 1
     assert lines[11].split() == ["group", "stay", "members"]
     assert lines[13].split() == "stem 9 of 16 channels stem, bn".split()
-    assert lines[14].split() == "block.<1> 8 of 32 heads block.<1>".split()
+    assert lines[14].split() == "block.<1> 8 of 32 blocks of 2 channels block.<1>".split()
     assert lines[16] == "the constants of 3 cut channels went into the next layer's bias"
     assert lines[18:20] == ["left whole:", "  head: its width is the net's & output"]
     assert lines[21] == "each group cut alone, the most sensitive first:"
