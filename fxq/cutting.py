@@ -37,18 +37,29 @@ class Cutter:
         self._replaced: set[str] = set()
 
     def run(self) -> int:
-        """Cut all nodes; shapes in the nodes' meta are those of before."""
+        """Cut all nodes, then write the new shapes into their meta."""
         for node in list(self.gm.graph.nodes):
             cut = CUTS.get(kind(self.gm, node))
             if cut is not None:
                 cut(self, node)
         read = {str(n.target) for n in self.gm.graph.nodes if n.op == "get_attr"}
+        for node in self.gm.graph.nodes:
+            self._resize(node)
         runs = {str(n.target) for n in self.gm.graph.nodes if n.op == "call_module"}
         for name in self._replaced - read:
             owner, _, last = name.rpartition(".")
             if owner not in runs:
                 delattr(self.gm.get_submodule(owner), last)
         return self.changed
+
+    def _resize(self, node: Node) -> None:
+        """The node's shape after the cut: only labelled dimensions shrink."""
+        dims, sizes = self.channels.dims.get(node), node.meta.get("shape")
+        if isinstance(sizes, tuple) and dims:
+            node.meta["shape"] = tuple(self.size(d, s) for d, s in zip(dims, sizes, strict=True))
+        elif isinstance(sizes, list) and dims:
+            parts = zip(dims, sizes, strict=True)
+            node.meta["shape"] = [tuple(self.size(d, s) for d, s in zip(ds, ss, strict=True)) if isinstance(ss, tuple) else ss for ds, ss in parts]
 
     def kept(self, labels: Labels | None) -> Kept:
         """Places of a dimension that stay; ``None``: all."""
@@ -232,14 +243,19 @@ def _slice(c: Cutter, node: Node) -> None:
         return
     c.changed += 1
     swap_module(c.gm, node, m.Slice(entries))
-    last = node
+    dims, sizes = list(c.channels.of(node)), list(shape(node))
+    for dim, _ in gathers:  # the slice itself leaves these dimensions whole now
+        dims[dim], sizes[dim] = before[dim], shape(x)[dim]
+    last, final = node, (list(c.channels.of(node)), list(shape(node)))
     for dim, new in gathers:
-        users = [u for u in node.users if u is not last]
+        users = [u for u in last.users]
         made = insert_module(c.gm, last, f"{node.target}_places", m.IndexSelect(dim, new), (last,), like=node)
-        c.channels.dims[made] = c.channels.dims[node]
         for u in users:
-            u.replace_input_with(last if last is not node else node, made)
+            u.replace_input_with(last, made)
+        c.channels.dims[last], last.meta["shape"] = list(dims), tuple(sizes)
+        dims[dim], sizes[dim] = final[0][dim], final[1][dim]
         last = made
+    c.channels.dims[last], last.meta["shape"] = dims, tuple(sizes)
 
 
 def _index_select(c: Cutter, node: Node) -> None:

@@ -303,7 +303,7 @@ def apply(p: Plan) -> int:
     """Cut the graph of ``p`` in place, then let the readers' biases take the constants over.
 
     Returns:
-        Number of nodes that changed. Shapes in the nodes' meta have to be computed anew.
+        Number of nodes that changed; the shapes in the nodes' meta are those of the cut graph.
     """
     gm = p.groups.channels.gm
     shifts = {r.node: added(module_of(gm, r.node), r, kind(gm, r.node)) for r in p.readings if len(r.places)}

@@ -264,7 +264,7 @@ def within(pools: Sequence[Pool], cost: Callable[[list[Bools]], float], limit: f
     """The largest selection whose cost is within a budget (MACs, parameters, bytes).
 
     What stays at a higher number of units contains what stays at a lower one, so a cost that grows with the units is a step function of their number and
-    bisection finds its last step below the limit. What is returned always fits.
+    bisection finds its last step below the limit; what is left of the limit then goes to single pools. What is returned always fits.
 
     Args:
         pools: in the order of the graph.
@@ -309,7 +309,24 @@ def within(pools: Sequence[Pool], cost: Callable[[list[Bools]], float], limit: f
             low, best = middle, found
         else:
             high = middle
-    return best
+    return best if scope == "layer" else _filled(ranking, best, cost, limit)
+
+
+def _filled(ranking: _Ranking, best: list[Bools], cost: Callable[[list[Bools]], float], limit: float) -> list[Bools]:
+    """What is left of a budget, spent: pools grow by their steps, the one whose next unit scores most first, as long as that fits."""
+    pools, found, open_ = ranking.pools, list(best), set(ranking.ranked)
+    while open_:
+        gains = {i: float(pools[i].scores[~found[i]].max()) for i in open_ if not found[i].all()}
+        if not gains:
+            break
+        i = max(gains, key=lambda j: (gains[j], -j))
+        count = pools[i].rounded(int(found[i].sum()) + pools[i].step)
+        trial = [pools[i].kept(count, ranking.places[i]) if j == i else f for j, f in enumerate(found)]
+        if count > int(found[i].sum()) and cost(trial) <= limit:
+            found = trial
+        else:
+            open_.discard(i)
+    return found
 
 
 def _remaining(n: int, ratio: float) -> int:

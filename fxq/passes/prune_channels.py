@@ -17,7 +17,6 @@ from fxq.costs import LayerCost, layer_costs
 from fxq.errors import PassError
 from fxq.pipeline import Pass, PassContext
 from fxq.prune_report import GroupCut, PruneReport
-from fxq.shapes import propagate
 from fxq.snapshot import distance
 
 TOLERANCE = 1e-4
@@ -52,7 +51,6 @@ class PruneChannels(Pass):
             want = uncut(*probe)
         changed = pruning.apply(plan)
         graph.finish(gm)
-        propagate(gm, ctx.example)
         with torch.inference_mode():
             moved = distance(want, gm(*probe))
         if moved > TOLERANCE:
