@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "compile": "fxq.api",
-    "prune": "fxq.api",
+    "prune": "fxq.prune_model",
     "Prune": "fxq.pruning",
     "sensitivity": "fxq.group_sensitivity",
     "save": "fxq.modelfile",

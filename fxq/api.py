@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -28,22 +28,23 @@ from fxq.passes.legalize import Legalize
 from fxq.passes.narrow_inputs import NarrowInputs
 from fxq.passes.prepare_training import PrepareTraining
 from fxq.passes.propagate_shapes import PropagateShapes
-from fxq.passes.prune_channels import PruneChannels
 from fxq.passes.replace_activations import ReplaceActivations
 from fxq.passes.round_weights import RoundWeights
 from fxq.passes.share_qparams import ShareQParams
 from fxq.pipeline import Pass, PassContext, Pipeline, Progress, no_progress
 from fxq.progress import ProgressBar
-from fxq.prune_report import PruneReport
 from fxq.pruned import PrunedModel
-from fxq.pruning import Prune
 from fxq.schemes import Scheme
 from fxq.snapshot import History, Skip, take
 from fxq.targets import Target
 from fxq.trace import Captured, capture, resized
 from fxq.trainable import TrainableModel
 
-__all__ = ["BACKENDS", "CompiledModel", "FloatOp", "backend", "compile", "pipeline_for", "prune"]
+if TYPE_CHECKING:
+    from fxq.prune_report import PruneReport
+    from fxq.pruning import Prune
+
+__all__ = ["BACKENDS", "CompiledModel", "FloatOp", "backend", "compile", "pipeline_for"]
 
 
 MODES = ("ptq", "qat")
@@ -52,7 +53,11 @@ MODES = ("ptq", "qat")
 
 def _front(scheme: Scheme, how: Prune | None = None) -> tuple[Pass, ...]:
     """The passes up to the calibrated and converted graph."""
-    head: tuple[Pass, ...] = (Canonicalize(), PropagateShapes(), *([] if how is None else [PruneChannels(how)]))
+    head: tuple[Pass, ...] = (Canonicalize(), PropagateShapes())
+    if how is not None:
+        from fxq.passes.prune_channels import PruneChannels
+
+        head = (*head, PruneChannels(how))
     if scheme.activations in ("sign", "ternary") or scheme.order:
         head = (*head, ReplaceActivations())
     head = (*head, FoldBN(), Legalize(), Annotate(), ShareQParams())
@@ -119,6 +124,7 @@ def compile(
     if isinstance(model, torch.export.ExportedProgram):
         model = program_module(model)
     net: nn.Module = admission.unwrapped(model)
+    before = net.report if isinstance(net, PrunedModel) else None
     net = net.root if isinstance(net, PrunedModel) else net
     if isinstance(net, CompiledModel):
         raise FxqError("the model is compiled already", way_out="Pass the float model that it was made from")
@@ -141,57 +147,9 @@ def compile(
         left = tuple(skip) if isinstance(skip, Sequence) and not isinstance(skip, str) else (skip,)
         with nullcontext(progress) if callable(progress) else ProgressBar() if progress else nullcontext(no_progress) as report:
             ctx = PassContext(sch, tgt, (), data, left, report, train=mode == "qat")
-            return _compile(net, data, ctx, observer, tuple(leaf_modules), calibration is not None, prune)
-
-
-@young()
-def prune(
-    model: nn.Module | torch.export.ExportedProgram,
-    how: Prune,
-    *,
-    example: Any = None,
-    data: Any = None,
-    target: str | Target = "onnxruntime",
-    leaf_modules: Sequence[type[nn.Module]] = (),
-    progress: Progress | bool = True,
-) -> PrunedModel:
-    """Capture ``model`` (a copy) and cut channels; the batch norms stay, so that the result trains on. ``compile`` quantizes it.
-
-    Args:
-        model: float32 module or exported program; it is not changed.
-        how: what to cut.
-        example: one batch of inputs (a tensor or a tuple); not needed with ``data``.
-        data: for ``by="taylor"``: batches of inputs, labels behind them (or give them in ``how``).
-        target: whose kernels the default multiple of widths is for.
-        leaf_modules: module types that capture keeps whole.
-        progress: as in :func:`compile`.
-
-    Raises:
-        TraceError, CalibrationError, PassError: with node, fact and way out.
-    """
-    tgt = targets.get(target)
-    net = admission.unwrapped(program_module(model) if isinstance(model, torch.export.ExportedProgram) else model)
-    if isinstance(net, CompiledModel) and not isinstance(net, PrunedModel):
-        raise FxqError("the model is compiled already", way_out="Pass the float model that it was made from")
-    net = net.root if isinstance(net, PrunedModel) else net
-    admission.check_model(net)
-    if data is None and example is None:
-        raise CalibrationError("the shapes are not known", way_out="Pass example= with one batch of inputs, or data=")
-    if data is not None and how.data is None:
-        how = replace(how, data=data)
-    batches = Batches([example] if example is not None else data, net)
-    few = tuple(x[:2] if isinstance(x, torch.Tensor) and x.ndim else x for x in batches.example)
-    start = time.perf_counter()
-    captured = capture(net, few, leaf_modules=tuple(leaf_modules))
-    if captured.gm is None:
-        raise TraceError(f"the model can only be captured in parts ({', '.join(captured.parts)})", way_out="Prune its parts one by one, or compile with prune=")
-    history = History([take(captured.gm, "trace", ms=(time.perf_counter() - start) * 1e3)])
-    with nullcontext(progress) if callable(progress) else ProgressBar() if progress else nullcontext(no_progress) as report:
-        ctx = PassContext(schemes.get("float"), tgt, few, batches, progress=report, probe=resized(few, 1) if not captured.specialised else few)
-        Pipeline((Canonicalize(), PropagateShapes(), PruneChannels(how))).run(captured.gm, ctx, history)
-    pruned = PrunedModel(captured.gm, captured, history, ctx.scheme, tgt)
-    pruned.uncut, pruned.report = (captured.gm.meta.pop("masked"),), captured.gm.meta.pop("prune_report")
-    return pruned
+            made = _compile(net, data, ctx, observer, tuple(leaf_modules), calibration is not None, prune)
+            made.prune_report = made.prune_report or before
+            return made
 
 
 def _compile(

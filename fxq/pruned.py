@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch.fx import GraphModule
 
 from fxq.compiled import CompiledModel
 from fxq.errors import FxqError
-from fxq.prune_report import PruneReport
+
+if TYPE_CHECKING:
+    from fxq.prune_report import PruneReport
 
 
 class PrunedModel(CompiledModel):

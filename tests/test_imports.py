@@ -41,7 +41,7 @@ STREET: tuple[tuple[str, ...], ...] = (
     ("admission", "sources"),
     ("compiled", "group_sensitivity"),
     ("trainable", "slimming", "pruned"),
-    ("api", "zoo", "modelfile", "sparsity"),
+    ("api", "zoo", "modelfile", "prune_model", "sparsity"),
     ("cli_engine", "cli_prune"),
     ("cli", "command"),
 )  # fmt: skip
