@@ -116,6 +116,7 @@ class Plan:
         readings: layers that read cut channels, and the constants that they absorb.
         share: what stays of MACs (by the labels), in [0, 1].
         judged, pools: groups that the criterion ranks, and their limits.
+        flat: all scores are equal: the criterion says nothing, and the cut is spread evenly.
     """
 
     groups: Groups
@@ -126,6 +127,7 @@ class Plan:
     share: float
     judged: list[Group]
     pools: list[Pool]
+    flat: bool = False
 
     @property
     def labels(self) -> Labels:
@@ -186,7 +188,8 @@ def plan(
         none = np.empty(0, np.int64)
         readings = [Reading(r.node, none, np.empty(0), r.dropped + len(r.places)) for r in readings]
     kept = [keep[x.units] for x in g.groups]
-    return Plan(g, keep, kept, [value[x.units] for x in g.groups], readings, budget.share(macs, keep), pooled, pools)
+    flat = len({float(v) for p in pools for v in p.scores}) == 1
+    return Plan(g, keep, kept, [value[x.units] for x in g.groups], readings, budget.share(macs, keep), pooled, pools, flat)
 
 
 class _Named:

@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+import fxq
 from fxq.cli import main
 
 NET = """
@@ -106,3 +108,53 @@ def test_weights_of_another_model(here: Path, capsys: pytest.CaptureFixture[str]
     torch.save(nn.Linear(2, 2).state_dict(), "w.pt")
     assert main(["net.py:build", "--weights", "w.pt", "--calibration", "cal.npy"]) == 2
     assert "belong to another model" in capsys.readouterr().err
+
+
+PRUNED = """
+from torch import nn
+
+
+def build():
+    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(256, 2))
+"""
+
+
+def test_prunes_saves_and_reports(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("net.py").write_text(PRUNED)
+    args = ["net.py:build", "--input", "1,3,8,8", "--scheme", "float", "--to", "onnx", "--prune", "0.5", "--multiple-of", "4", "--prune-by", "l2"]
+    assert main([*args, "-o", "m.onnx", "--save-model", "m.fxq", "--report-json", "r.json"]) == 0
+    out = capsys.readouterr().out
+    assert "prune-channels" in out and "left whole" in out and "8 of 16" in out
+    groups = json.loads(Path("r.json").read_text())["pruning"]["groups"]
+    assert [g["after"] for g in groups] == [8, 8]
+    model = fxq.load("m.fxq")
+    (session, x) = ort.InferenceSession("m.onnx", providers=["CPUExecutionProvider"]), torch.randn(2, 3, 8, 8)
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    np.testing.assert_allclose(found, model(x).detach().numpy(), atol=1e-5)
+
+
+def test_prunes_to_a_budget_and_quantizes(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("net.py").write_text(PRUNED)
+    options = ["--prune-macs", "0.5", "--multiple-of", "1", "--prune-by", "taylor", "--prune-scope", "layer", "--prune-at-least", "0.25"]
+    assert main(["net.py:build", "--calibration", "cal.npy", *options, "--print-diff", "prune-channels", "--verify", "-o", "m.onnx"]) == 0
+    out = capsys.readouterr().out
+    assert "-%_0 = conv" in out and "+%_0 = conv" in out and "0 of " in out
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--multiple-of", "8"], "--multiple-of is for pruning. Add --prune"),
+        (["--prune-keep", "0"], "--prune-keep is for pruning"),
+        (["--prune", "1.5"], "would empty every layer"),
+        (["--prune", "0.5", "--prune-macs", "0.5"], "both say how much"),
+        (["--prune", "0.5", "--prune-by", "l22"], "did you mean 'l2'"),
+        (["--prune", "0.5", "--multiple-of", "64"], "a multiple of 64 is larger than every layer"),
+        (["--prune", "0.5", "--multiple-of", "1", "--prune-by", "bn-gamma", "--prune-keep", "0"], "finds no batch norm"),
+    ],
+)
+def test_wrong_pruning_is_one_line(here: Path, options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("net.py").write_text(PRUNED)
+    assert main(["net.py:build", "--input", "1,3,8,8", "--scheme", "float", "--to", "onnx", *options, "-o", "m.onnx"]) == 2
+    err = capsys.readouterr().err.strip().splitlines()
+    assert says in err[-1] and not Path("m.onnx").exists()

@@ -41,7 +41,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/schemes.md", "docs/tensorrt.md", "docs/training.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/schemes.md", "docs/tensorrt.md", "docs/training.md", "docs/pruning.md"])
 def test_python_blocks_run(page: str, here: Path) -> None:
     torch.manual_seed(0)
     names: dict[str, object] = {}
@@ -58,6 +58,14 @@ def test_commands_run(page: str, here: Path) -> None:
         prompt, program, *args = shlex.split(line)
         assert (prompt, program) == ("$", "fxq-lower")
         assert cli.main(args) == 0, line
+
+
+def test_commands_of_the_pruning_page_run(here: Path) -> None:
+    lines = [line for block in blocks("docs/pruning.md", "console") for line in block.splitlines() if line]
+    assert [shlex.split(line)[1] for line in lines] == ["fxq-lower"] * 2
+    for line in lines:
+        assert cli.main(shlex.split(line)[2:]) == 0, line
+    assert {"pruned.onnx", "pruned.fxq", "pruned_int8.onnx"} <= {p.name for p in here.iterdir()}
 
 
 def test_commands_of_the_tensorrt_page_run(here: Path) -> None:

@@ -61,8 +61,11 @@ def test_gammas_select_the_golden_channels():
     assert kept(pruned(Chain(), ratio=0.5, by="bn-gamma")) == {"a": [0, 2], "b": [0]}
 
 
-def test_equal_gammas_spread_over_the_layers():
-    assert kept(pruned(Chain(((1.0,) * 4, (1.0,) * 2)), ratio=0.5, by="bn-gamma")) == {"a": [0, 1], "b": [0]}
+def test_equal_gammas_spread_over_the_layers_and_say_so():
+    p = pruned(Chain(((1.0,) * 4, (1.0,) * 2)), ratio=0.5, by="bn-gamma")
+    assert kept(p) == {"a": [0, 1], "b": [0]}
+    assert "all scores are equal" in str(p.history)
+    assert "all scores are equal" not in str(pruned(Chain(), ratio=0.5, by="bn-gamma").history)
 
 
 @pytest.mark.parametrize(("by", "p"), [("l1", 1), ("l2", 2)])

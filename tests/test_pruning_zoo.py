@@ -15,7 +15,7 @@ from tests.pruning_nets import canonical
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-import common  # noqa: E402
+import common
 
 SIZES = {"inception_v3": 80, "vit_b_32": 224, "nin_gc": 32, "resnet20": 32, "deeplabv3_mobilenet_v3_large": 64}
 NETS = (

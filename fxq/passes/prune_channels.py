@@ -58,6 +58,8 @@ class PruneChannels(Pass):
                             way_out="This is a fault of fxq: please report the model")  # fmt: skip
         for path, why in plan.groups.left.items():
             ctx.skip(path, f"its outputs stay: {why}")
+        if plan.flat:
+            ctx.skip(f"by={self.how.by!r}", "all scores are equal, so the cut is spread evenly: train with fxq.sparsity.SlimmingPenalty first, or use by='l2'")
         gm.meta["masked"], gm.meta["prune_report"] = uncut, report(plan, before, layer_costs(gm))
         return changed
 
