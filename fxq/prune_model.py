@@ -18,6 +18,7 @@ from fxq.compiled import CompiledModel
 from fxq.errors import CalibrationError, FxqError, TraceError
 from fxq.exported import program_module
 from fxq.heap import young
+from fxq.masking import apart
 from fxq.passes.canonicalize import Canonicalize
 from fxq.passes.propagate_shapes import PropagateShapes
 from fxq.passes.prune_channels import PruneChannels
@@ -78,5 +79,7 @@ def prune(
         ctx = PassContext(schemes.get("float"), tgt, few, batches, progress=report, probe=resized(few, 1) if not captured.specialised else few)
         Pipeline((Canonicalize(), PropagateShapes(), PruneChannels(how))).run(captured.gm, ctx, history)
     pruned = PrunedModel(captured.gm, captured, history, ctx.scheme, tgt)
-    pruned.uncut, pruned.report = (captured.gm.meta.pop("masked"),), captured.gm.meta.pop("prune_report")
+    uncut = captured.gm.meta.pop("masked")
+    apart(uncut, captured.gm)  # training of the cut model does not reach it
+    pruned.uncut, pruned.report = (uncut,), captured.gm.meta.pop("prune_report")
     return pruned
