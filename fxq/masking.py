@@ -89,7 +89,7 @@ def masked(channels: Channels, keep: Labels, readings: list[Reading]) -> GraphMo
         readings: what each reader takes into its bias.
     """
     tensors = {id(t): t for t in (*channels.gm.parameters(), *channels.gm.buffers())}
-    gm = copy.deepcopy(channels.gm, tensors)  # type: ignore[arg-type]
+    gm = copy.deepcopy(channels.gm, tensors)
     copies = dict(zip(channels.gm.graph.nodes, gm.graph.nodes, strict=True))
     takes = {r.node: r.places for r in readings}
     for node, mine in copies.items():
