@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
+from fxq import distributed
 from fxq.channels import Labels, is_depthwise, layer_labels
 from fxq.errors import CalibrationError, PassError
 from fxq.graph import kind, module_of
@@ -158,7 +159,7 @@ def self_labelled(output: Any, *rest: Any) -> Tensor:
 
 
 def _taylor(g: Groups, sums: _Sums, data: Iterable[tuple[Any, ...]], inputs: int, loss: Loss) -> None:
-    """Squared first-order change of the loss when a unit becomes 0, summed over its layers, mean over the batches."""
+    """Squared first-order change of the loss when a unit becomes 0, mean over its layers and the batches of all processes."""
     gm = g.channels.gm
     taken = _taylor_parts(g)
     wanted = list({id(t): t for _, ts, _ in taken for t in ts}.values())
@@ -181,7 +182,9 @@ def _taylor(g: Groups, sums: _Sums, data: Iterable[tuple[Any, ...]], inputs: int
     finally:
         for t, flag in zip(wanted, before, strict=True):
             t.requires_grad_(flag)
-    if not seen:
+    every = distributed.gather((sums.total, sums.number, seen))  # all processes cut alike
+    sums.total, sums.number = sum(e[0] for e in every), sum(e[1] for e in every)
+    if not sum(e[2] for e in every):
         raise CalibrationError("by='taylor' needs data", way_out="Pass data= (a few batches, labels behind the inputs), or use by='l2'")
 
 

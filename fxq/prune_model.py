@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxq import admission, schemes, targets
+from fxq import admission, distributed, schemes, targets
 from fxq.calibration import Batches
 from fxq.compiled import CompiledModel
 from fxq.errors import CalibrationError, FxqError, TraceError
@@ -53,6 +53,8 @@ def prune(
         leaf_modules: module types that capture keeps whole.
         progress: as in :func:`compile`.
 
+    With several processes (``torch.distributed``) all of them call it; ``taylor`` takes the data of all, so they cut alike.
+
     Raises:
         TraceError, CalibrationError, PassError: with node, fact and way out.
     """
@@ -77,7 +79,8 @@ def prune(
     history = History([take(captured.gm, "trace", ms=(time.perf_counter() - start) * 1e3)])
     with nullcontext(progress) if callable(progress) else ProgressBar() if progress else nullcontext(no_progress) as report:
         ctx = PassContext(schemes.get("float"), tgt, few, batches, progress=report, probe=resized(few, 1) if not captured.specialised else few)
-        Pipeline((Canonicalize(), PropagateShapes(), PruneChannels(how))).run(captured.gm, ctx, history)
+        with distributed.meeting(how.by == "taylor"):
+            Pipeline((Canonicalize(), PropagateShapes(), PruneChannels(how))).run(captured.gm, ctx, history)
     pruned = PrunedModel(captured.gm, captured, history, ctx.scheme, tgt)
     uncut = captured.gm.meta.pop("masked")
     apart(uncut, captured.gm)  # training of the cut model does not reach it

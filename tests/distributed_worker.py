@@ -210,6 +210,12 @@ def compiled(rank: int, world: int) -> tuple[dict[str, Tensor], dict[str, Tensor
     return states[0], states[1]
 
 
+def cut(share: list[Tensor]) -> dict[str, Tensor]:
+    """Weights after pruning by the gradients of all processes."""
+    how = fxq.Prune(ratio=0.4, by="taylor", multiple_of=1)
+    return {k: v for k, v in fxq.prune(net(), how, data=share, progress=False).state_dict().items()}
+
+
 def moving(share: list[Tensor]) -> MovingAverage:
     observer = MovingAverage(QuantSpec.parse("u8/pt"))
     for x in share:
@@ -229,6 +235,7 @@ def main(store: str, rank: int, world: int, out: Path) -> None:
     results |= {f"calibrated {name}": calibrated(name, share) for name in OBSERVED}
     results["calibrated by one"] = calibrated("minmax", batches() if rank == 0 else [])
     results["corrected"] = {k: v for k, v in fxq.compile(net(), "iao_w4a8", calibration=share, progress=False).state_dict().items()}
+    results["cut"] = cut(share)
     results["errors"] = errors(rank, world)
     results["alone"] = alone(rank)
     results["uneven"], results["empty"] = uneven(rank, world, (5, 3)), uneven(rank, world, (8, 0))

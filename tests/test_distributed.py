@@ -166,3 +166,10 @@ def test_one_process_sends_nothing() -> None:
     assert torch.equal(distributed.batch_norm(bn, torch.ones(3, 5)), torch.zeros(3, 5))
     with pytest.raises(FxqError, match="mine"), distributed.meeting():
         raise FxqError("mine")
+
+
+def test_processes_cut_alike(ranks: list[dict[str, Any]]) -> None:
+    """Taylor's criterion takes the gradients of all processes: both keep the channels that one process with all the data keeps."""
+    one, two = worker.cut(worker.batches()), [r["cut"] for r in ranks]
+    assert equal(two[0], two[1]) and equal(two[0], one)
+    assert not equal(worker.cut(worker.batches()[3:]), one), "half of the data would cut something else"
