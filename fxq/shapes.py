@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_map
 
@@ -29,8 +29,25 @@ def plain(a: Any) -> Any:
     return tuple(plain(v) for v in a) if type(a) is tuple else a
 
 
+def _layer_sizes(module: Any, *args: Any) -> tuple[int, ...] | None:
+    """Output sizes of a plain convolution or linear layer; ``None`` for anything else, and for inputs that it may refuse."""
+    if len(args) != 1 or not isinstance(args[0], Tensor) or type(module) not in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        return None
+    sizes = args[0].shape
+    if args[0].dtype != module.weight.dtype:
+        return None
+    if type(module) is nn.Linear:
+        return (*sizes[:-1], module.out_features) if sizes and sizes[-1] == module.in_features else None
+    k = len(module.kernel_size)
+    if module.padding_mode != "zeros" or isinstance(module.padding, str) or len(sizes) not in (k + 1, k + 2) or sizes[-k - 1] != module.in_channels:
+        return None
+    taps = zip(sizes[-k:], module.kernel_size, module.stride, module.padding, module.dilation, strict=True)
+    out = [(n + 2 * p - d * (w - 1) - 1) // s + 1 for n, w, s, p, d in taps]
+    return (*sizes[: -k - 1], module.out_channels, *out) if min(out) > 0 else None
+
+
 class _Record(Interpreter):
-    """Keeps every value. On the meta device a layer that keeps its input's shape is not run: torch's decompositions are slow there."""
+    """Keeps every value. On the meta device layers whose output sizes are known without are not run: torch's decompositions are slow there."""
 
     def __init__(self, gm: GraphModule, meta: bool) -> None:
         super().__init__(gm)
@@ -38,8 +55,13 @@ class _Record(Interpreter):
         self.meta = meta
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.meta and kind_of(self.fetch_attr(target)) in SAME_SHAPE:
-            return torch.empty_like(args[0])
+        if self.meta and not kwargs:
+            module = self.fetch_attr(target)
+            if kind_of(module) in SAME_SHAPE:
+                return torch.empty_like(args[0])
+            sizes = _layer_sizes(module, *args)
+            if sizes is not None:
+                return torch.empty(sizes, dtype=args[0].dtype, device="meta")
         return super().call_module(target, args, kwargs)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
