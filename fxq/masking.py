@@ -82,15 +82,15 @@ class MaskedGroupNorm(nn.Module):
 def masked(channels: Channels, keep: Labels, readings: list[Reading]) -> GraphModule:
     """A copy of the graph, uncut: cut channels have weights and gammas of 0, readers do not see them, or see the constant that they absorb.
 
-    Tensors that nothing was taken from are shared with the graph (:func:`apart` gives the copy its own).
+    Modules that nothing was taken from are shared with the graph (:func:`apart` gives the copy its own).
 
     Args:
         channels: labels of the graph. keep: bool ``[labels]``.
         readings: what each reader takes into its bias.
     """
-    tensors = {id(t): t for t in (*channels.gm.parameters(), *channels.gm.buffers())}
-    gm = copy.deepcopy(channels.gm, tensors)
-    copies = dict(zip(channels.gm.graph.nodes, gm.graph.nodes, strict=True))
+    graph = copy.deepcopy(channels.gm.graph)
+    copies = dict(zip(channels.gm.graph.nodes, graph.nodes, strict=True))
+    gm = GraphModule(channels.gm, graph, "Masked")
     takes = {r.node: r.places for r in readings}
     for node, mine in copies.items():
         k = kind(gm, mine)
@@ -110,18 +110,18 @@ def masked(channels: Channels, keep: Labels, readings: list[Reading]) -> GraphMo
 
 
 def apart(gm: GraphModule, other: GraphModule) -> None:
-    """Give ``gm`` its own copies of the tensors that it shares with ``other``."""
+    """Give ``gm`` its own copies of the modules and tensors that it shares with ``other``."""
+    theirs = {id(m) for m in other.modules()}
     shared = {id(t) for t in (*other.parameters(), *other.buffers())}
-    made: dict[int, Tensor] = {}
+    memo: dict[int, Any] = {}
+    for path, module in list(gm.named_modules(remove_duplicate=False)):
+        if id(module) in theirs:
+            gm.set_submodule(path, copy.deepcopy(module, memo))
     for module in gm.modules():
         for table in (module._parameters, module._buffers):
             for name, t in table.items():
-                if t is None or id(t) not in shared:
-                    continue
-                if id(t) not in made:
-                    new = t.detach().clone()
-                    made[id(t)] = nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
-                table[name] = made[id(t)]  # type: ignore[assignment]
+                if t is not None and id(t) in shared:
+                    table[name] = copy.deepcopy(t, memo)  # type: ignore[assignment]
 
 
 def _gone(keep: Labels, labels: Labels | None) -> Labels | None:
