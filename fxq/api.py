@@ -213,7 +213,8 @@ def _compile_parts(
         history = History([take(gm, "trace", ms=ms)])
         ctx = PassContext(sch, tgt, example, seen.get(path), inner, progress)
         try:
-            pipeline_for(sch, observer, how).run(gm, ctx, history)
+            asked = None if how is None else how.inside(path, [n for n, _ in gm.named_modules()])
+            pipeline_for(sch, observer, asked).run(gm, ctx, history)
         except FxqError as e:
             reached = any(x.numel() for x in tree_leaves(seen.get(path, [])) if isinstance(x, torch.Tensor))
             way_out = e.way_out if reached or not static else f"Give data on which the model uses this part, or keep it float with skip='{path}.*'"

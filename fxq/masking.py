@@ -106,6 +106,10 @@ def masked(channels: Channels, keep: Labels, readings: list[Reading]) -> GraphMo
         _mask_inputs(gm, node, mine, k, channels, keep, takes.get(node))
     gm.graph.lint()
     gm.recompile()
+    home = next((p.device for p in channels.gm.parameters()), None)
+    for module in gm.modules():
+        if home is not None and isinstance(module, (Masked, MaskedLayerNorm, MaskedGroupNorm)):
+            module.mask = module.mask.to(home)
     return gm
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,7 @@ class Prune:
         data: batches for ``by="taylor"`` (inputs, then labels); default: the first calibration batches.
         loss: ``loss(output, *labels)`` for ``by="taylor"``.
         batches: at most so many batches for ``by="taylor"``.
+        must: a request that cannot be met is an error; otherwise the graph stays whole (parts of a model that is captured in parts).
 
     Raises:
         PassError: for fields that make no sense, or contradict each other.
@@ -76,6 +78,7 @@ class Prune:
     data: Iterable[Any] | None = None
     loss: importance.Loss | None = None
     batches: int = 16
+    must: bool = True
 
     def __post_init__(self) -> None:
         given = [n for n in ("ratio", *budget.COSTS) if getattr(self, n) is not None]
@@ -97,6 +100,17 @@ class Prune:
                 raise PassError(f"unknown word {word!r}", where=WHERE, way_out=nearest(str(word), known))
         if self.multiple_of is not None and (not isinstance(self.multiple_of, int) or self.multiple_of < 1):
             raise PassError(f"multiple_of={self.multiple_of} is no number from 1 on", where=WHERE, way_out="Use 1, 8, 16 or 32")
+
+    def inside(self, path: str, names: Sequence[str]) -> Prune:
+        """The request for one part of a model: what names layers of other parts is left out.
+
+        Args:
+            path: of the part. names: module paths inside it.
+        """
+        inner = {p: p.removeprefix(f"{path}.") for p in (*self.ratios, *(s for s in self.selectors if isinstance(s, str)))}
+        here = {p: i for p, i in inner.items() if any(fnmatch(n, i) or fnmatch(n, f"{i}.*") for n in names)}
+        keep = [here.get(s) if isinstance(s, str) else s for s in self.selectors if not isinstance(s, str) or s in here]
+        return replace(self, keep=[k for k in keep if k is not None], ratios={here[p]: v for p, v in self.ratios.items() if p in here}, must=False)
 
     @property
     def selectors(self) -> tuple[Selector, ...]:

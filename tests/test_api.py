@@ -222,6 +222,19 @@ def test_a_model_captured_in_parts() -> None:
             call()  # type: ignore[operator]
 
 
+def test_a_model_captured_in_parts_is_pruned_part_by_part() -> None:
+    torch.manual_seed(0)
+    model = TwoStages().eval()
+    how = fxq.Prune(ratio=0.5, multiple_of=1, keep="head.*")
+    m = fxq.compile(model, calibration=data(), prune=how)
+    report = m.parts["backbone"].prune_report
+    assert report is not None and [(g.before, g.after) for g in report.groups] == [(4, 2)]
+    assert m.parts["head"].prune_report is None and "nothing can be cut" in str(m.history)
+    assert m.parts["backbone"].verify(m.parts["backbone"].lower(), data(2)).exact
+    kept = fxq.compile(model, calibration=data(), prune=fxq.Prune(ratio=0.5, multiple_of=1, keep=["backbone.0", "head.*"]))
+    assert kept.parts["backbone"].prune_report is None
+
+
 class TwoStages(Detector):
     """A second stage that sees only the samples whose first value is positive."""
 

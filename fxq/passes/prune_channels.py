@@ -44,7 +44,13 @@ class PruneChannels(Pass):
         weight = ctx.scheme.weight
         before = layer_costs(gm)
         data = _labelled(self.how, gm, ctx) if self.how.by == "taylor" else ()
-        plan = pruning.plan(gm, self.how, multiple, data, len(ctx.example), None if weight is None else lambda _: weight.bits)
+        try:
+            plan = pruning.plan(gm, self.how, multiple, data, len(ctx.example), None if weight is None else lambda _: weight.bits)
+        except PassError as e:
+            if self.how.must:
+                raise
+            ctx.skip("(all)", e.fact)
+            return 0
         probe = ctx.example if ctx.probe is None else ctx.probe
         uncut = plan.masked()
         with torch.inference_mode():
