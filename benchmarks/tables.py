@@ -193,6 +193,13 @@ def prune_training() -> str:
     return text + "\n\n" + table(["net", "tool", *columns], cells)
 
 
+def prune_speed() -> str:
+    rows, source = load("prune_speed")
+    columns = list(dict.fromkeys(c for r in rows.values() for c in r))
+    text = f"Time of nets at half of their MACs by that of the whole net in the same format, in ONNX Runtime, one thread ({source}):"
+    return text + "\n\n" + table(["net and multiple", *columns], [[k, *(r[c] for c in columns)] for k, r in rows.items()])
+
+
 def prune_scale() -> str:
     rows, source = load("prune_scale")
     columns = ["nodes", "channels", "groups", "find s", "plan s", "cut s"]
@@ -203,7 +210,7 @@ def prune_scale() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {"coverage": coverage, "accuracy": accuracy, "speed": speed, "compile": compile_time, "observers": observers}
 TABLES |= {"tensorrt": tensorrt, "tensorrt_accuracy": tensorrt_accuracy, "training": training, "training_steps": training_steps, "size": size, "lowbit": lowbit}
-TABLES |= {"sparsity": sparsity, "pruning": pruning, "prune_training": prune_training, "prune_scale": prune_scale}
+TABLES |= {"sparsity": sparsity, "pruning": pruning, "prune_training": prune_training, "prune_scale": prune_scale, "prune_speed": prune_speed}
 SOURCES = {"tensorrt": "tensorrt_int8_sm86"}
 
 
