@@ -149,7 +149,8 @@ class Constants:
 
     def _cat(self, node: Node, module: Any, at: int, n: int) -> Labels | None:
         parts: list[Any] = []
-        for x in node.all_input_nodes if len(node.all_input_nodes) == len(node.args) else [a for a in node.args if isinstance(a, Node)]:
+        for x in node.args:
+            assert isinstance(x, Node)
             value, size = self.of[x], shape(x)[at]
             parts.append(value[1] if value is not None and value[0] == at else np.full(size, np.nan))
         if module.dim == at:
