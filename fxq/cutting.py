@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from fxq import modules as m
 from fxq.canonical import add_tensor
@@ -99,6 +99,18 @@ class Cutter:
         new.__dict__.update(fields)
         swap_module(self.gm, node, new)
         self.changed += 1
+
+
+def drop_unread(gm: GraphModule) -> None:
+    """Take out tensors of modules that the graph only passes through on its way to others: an attention's packed weight that became a layer of its own."""
+    runs = {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}
+    read = {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}
+    for path, module in gm.named_modules():
+        if any(path == r or path.startswith(f"{r}.") for r in runs):
+            continue
+        for table in (module._parameters, module._buffers):
+            for name in [n for n in table if (f"{path}.{n}" if path else n) not in read]:
+                table.pop(name)
 
 
 def grouped_rows(weight: Tensor, groups: int, given: Kept, read: Kept, transposed: bool = False) -> Tensor:

@@ -166,6 +166,13 @@ def test_heads_are_cut_whole():
     assert (qkv.out_features, out.in_features) == (24, 8)  # 2 of 4 heads of width 4, three times
 
 
+def test_no_weight_of_the_whole_model_is_left_behind():
+    case = CASES["language"]
+    p = pruned(randomised(case.net()), case.input(), ratio=0.5, scope="layer")
+    assert {tuple(v.shape) for n, v in p.named_parameters() if "attention" in n} == {(24, 8), (24,), (8, 8), (8,)}
+    assert sum(v.numel() for v in p.parameters()) == total(p.report.after).parameters
+
+
 def test_layers_stay_on_request():
     model = net()
     for keep in ("a", ["a"], nn.Conv2d, [1], -3):

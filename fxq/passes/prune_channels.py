@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from fxq import graph, pruning
 from fxq.calibration import Batches
 from fxq.costs import LayerCost, layer_costs
+from fxq.cutting import drop_unread
 from fxq.errors import PassError
 from fxq.pipeline import Pass, PassContext
 from fxq.prune_report import GroupCut, PruneReport
@@ -57,6 +58,7 @@ class PruneChannels(Pass):
             want = uncut(*probe)
         changed = pruning.apply(plan)
         graph.finish(gm)
+        drop_unread(gm)
         with torch.inference_mode():
             moved = distance(want, gm(*probe))
         if moved > TOLERANCE:
