@@ -215,7 +215,7 @@ SOURCES = {"tensorrt": "tensorrt_int8_sm86"}
 
 
 def main() -> None:
-    for page in (ROOT / "README.md", *(ROOT / "docs" / f"{n}.md" for n in ("schemes", "tensorrt", "training", "sparsity"))):
+    for page in (ROOT / "README.md", *(ROOT / "docs" / f"{n}.md" for n in ("schemes", "tensorrt", "training", "sparsity", "pruning"))):
         text = page.read_text()
         for name in re.findall(r"<!-- bench:(\w+) -->", text):
             if not (RESULTS / f"{SOURCES.get(name, name)}.json").exists():
