@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from torch import nn
 from torch.fx import Node
 
 from fxq.channels import Labels, channel_dim, is_depthwise, layer_labels
@@ -60,10 +61,14 @@ def budget(g: Groups, what: str, bits: Callable[[Node], int] | None = None) -> B
         what: one of :data:`COSTS`; MACs are those of the example batch.
         bits: of a layer's weight, for ``bytes`` (default 32; all other parameters have 32).
     """
-    gm, out = g.channels.gm, Budget(g.count)
+    gm, out, seen = g.channels.gm, Budget(g.count), set[int]()
     for node in gm.graph.nodes:
         k = kind(gm, node)
         module: Any = module_of(gm, node) if node.op == "call_module" else None
+        own = {id(t) for t in (module.parameters() if module is not None else [attr(gm, node)] if k == "attr" else [])}
+        if what != "macs" and own and own <= seen:
+            continue  # shared weights are kept once
+        seen |= own
         if k in ("conv", "conv_transpose", "linear", "embedding"):
             _layer(out, g, node, k, module, what, bits(node) if bits is not None else 32)
         elif k == "matmul" and what == "macs":
@@ -71,7 +76,7 @@ def budget(g: Groups, what: str, bits: Callable[[Node], int] | None = None) -> B
             out.add(math.prod(shape(node)) * shape(a)[-1], g, *g.channels.of(node), g.channels.of(a)[-1])
         elif what != "macs" and k == "attr":
             t = attr(gm, node)
-            out.add(t.numel() * (4 if what == "bytes" else 1), g, *g.channels.of(node))
+            out.add(t.numel() * (4 if what == "bytes" else 1) * isinstance(t, nn.Parameter), g, *g.channels.of(node))
         elif what != "macs" and module is not None:
             n = sum(p.numel() for p in module.parameters())
             dims = g.channels.of(node) if n else []

@@ -18,9 +18,16 @@ def _input(node: Node) -> Node:
 
 
 def same(c: Channels, node: Node) -> None:
-    """Pointwise, pooling over space, resizing: channels stay where they are."""
+    """Every element by itself: all places stay where they are."""
+    c.dims[node] = c.of(_input(node))
+
+
+def by_channel(c: Channels, node: Node) -> None:
+    """Dimensions 0 and 1 pass; the operation mixes the others (means, statistics, resampling), which stay."""
     dims = c.of(_input(node))
-    c.dims[node] = [d if s == o else None for d, s, o in zip(dims, shape(_input(node)), shape(node), strict=True)]
+    for d in dims[2:]:
+        c.pin(d, node, "is a dimension of space here")
+    c.dims[node] = [*dims[:2], *[None] * len(dims[2:])]
 
 
 def spatial(c: Channels, node: Node) -> None:
@@ -84,7 +91,7 @@ def embedding(c: Channels, node: Node) -> None:
 def channel_norm(c: Channels, node: Node) -> None:
     """Batch and instance norm: every channel by itself, on dimension 1 (``nn.PReLU`` likewise)."""
     module: Any = module_of(c.gm, node)
-    same(c, node)
+    (by_channel if kind_of(module) == "instance_norm" else same)(c, node)
     if getattr(module, "weight", None) is not None and module.weight.numel() > 1:
         c.weight(module.weight, 0, c.of(node)[1])
 
@@ -92,7 +99,7 @@ def channel_norm(c: Channels, node: Node) -> None:
 def group_norm(c: Channels, node: Node) -> None:
     """Statistics over equal groups of channels: each keeps the same number."""
     module: Any = module_of(c.gm, node)
-    same(c, node)
+    by_channel(c, node)
     labels = c.of(node)[1]
     if labels is None:
         return
@@ -287,6 +294,6 @@ RULES: dict[str, Rule] = {
     "prelu": channel_norm, "group_norm": group_norm, "layer_norm": layer_norm, "softmax": softmax, "log_softmax": softmax, "matmul": matmul,
     "cat": cat, "reshape": reshape, "expand": expand, "permute": permute, "slice": slices, "index_select": index_select, "split": split,
     "getitem": getitem, "pad": pad, "mean": reduce, "sum": reduce, "pixel_shuffle": pixel_shuffle, "attr": constant,
-    "global_avg_pool": same, "resize": same,
+    "global_avg_pool": by_channel, "resize": by_channel,
 }  # fmt: skip
 """Kind of node -> how it treats labels."""

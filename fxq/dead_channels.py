@@ -86,13 +86,14 @@ class Constants:
         if len(cut) != 1:
             return None
         at, labels = cut[0], dims[cut[0]]
-        found = self._constant(node, k, at, len(labels))
+        found = self._constant(node, k, at, dims)
         if found is None:
             return None
         return at, np.where(self.keep[labels], np.nan, found)
 
-    def _constant(self, node: Node, k: str, at: int, n: int) -> Labels | None:
+    def _constant(self, node: Node, k: str, at: int, dims: Any) -> Labels | None:
         """Constant of each place of dimension ``at``; kept places may hold anything."""
+        n = len(dims[at])
         if k == "attr":
             t = attr(self.gm, node).detach().double()
             return t.reshape(-1).cpu().numpy() if t.numel() == n else None
@@ -104,7 +105,7 @@ class Constants:
         if k == "embedding":
             return np.zeros(n)
         if k in ("batch_norm", "layer_norm", "group_norm", "instance_norm"):
-            return self._normed(module, n)
+            return self._normed(module, n) if at == (len(dims) - 1 if k == "layer_norm" else 1) else None
         if k in ("add", "sub", "mul", "div"):
             return self._arithmetic(node, module, at, n)
         if k == "cat":
@@ -115,6 +116,8 @@ class Constants:
             return self._moved_values(node, at)
         value = self.of[node.all_input_nodes[0]]
         if value is None:
+            return None
+        if k == "prelu" and module.num_parameters > 1 and at != 1:
             return None
         if k in POINTWISE or k == "prelu":
             return self._pointwise(module, value[1], value[0])

@@ -10,18 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxq import admission, pruning, schemes, targets
+from fxq import admission, pruning, targets
 from fxq.calibration import Batches
 from fxq.dead_channels import Constants
-from fxq.errors import CalibrationError, TraceError
+from fxq.errors import CalibrationError
 from fxq.masking import masked
-from fxq.passes.canonicalize import Canonicalize
-from fxq.passes.propagate_shapes import PropagateShapes
-from fxq.pipeline import PassContext, Pipeline
+from fxq.prunable import canonical_graph
 from fxq.prune_report import Sensitivity, SensitivityRow
 from fxq.selection import select
-from fxq.snapshot import History, flat
-from fxq.trace import capture
+from fxq.snapshot import flat
 
 
 def sensitivity(
@@ -56,16 +53,10 @@ def sensitivity(
     if not read:
         raise CalibrationError("the data for the sensitivity is empty", way_out="Give a few batches")
     inputs = Batches([read[0]], net).count
-    few = tuple(x[:2] if isinstance(x, Tensor) and x.ndim else x for x in read[0][:inputs])
-    captured = capture(net, few)
-    if captured.gm is None:
-        raise TraceError(f"the model can only be captured in parts ({', '.join(captured.parts)})", way_out="Measure its parts one by one")
-    gm = captured.gm
-    ctx = PassContext(schemes.get("float"), targets.get("onnxruntime"), few)
-    Pipeline((Canonicalize(), PropagateShapes())).run(gm, ctx, History())
+    gm = canonical_graph(net, read[0][:inputs], "Measure its parts one by one")
     with torch.inference_mode():
         want = [flat(gm(*b[:inputs])) for b in read]
-    base = pruning.plan(gm, how, how.multiple_of or ctx.target.channel_multiple, read, inputs)
+    base = pruning.plan(gm, how, how.multiple_of or targets.get("onnxruntime").channel_multiple, read, inputs)
     rows = []
     for pool, group in zip(base.pools, base.judged, strict=True):
         for ratio in ratios:

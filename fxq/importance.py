@@ -198,7 +198,8 @@ def _taylor_parts(g: Groups) -> list[tuple[Labels, list[Tensor], Change]]:
         module: Any = module_of(gm, node) if kind(gm, node) == "batch_norm" else None
         labels = g.channels.of(node)[1] if module is not None else None
         if labels is not None and module.weight is not None:
-            parts.append((g.unit[labels], [module.weight, module.bias], _dot(module.weight, module.bias)))
+            ts = [t for t in (module.weight, module.bias) if t is not None]
+            parts.append((g.unit[labels], ts, _dot(*ts)))
     for node, k, module in _layers(g):
         labels = layer_labels(g.channels, node, module)[1]
         if labels is not None and not any(kind(gm, u) == "batch_norm" for u in node.users):

@@ -16,7 +16,7 @@ from fxq.graph import kind, module_of, shape
 
 
 class Masked(nn.Module):
-    """``x * mask``; ``mask`` is float, of ones and zeros, with the rank of ``x``."""
+    """``x`` where ``mask`` (bool, of its rank) is True, else 0."""
 
     mask: Tensor
 
@@ -25,7 +25,7 @@ class Masked(nn.Module):
         self.register_buffer("mask", mask)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.where(self.mask != 0, x, torch.zeros((), dtype=x.dtype, device=x.device))
+        return torch.where(self.mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
 class MaskedLayerNorm(nn.Module):
@@ -150,8 +150,6 @@ def _without_rows(gm: GraphModule, node: Node, k: str, gone: Labels | None) -> N
     module: Any = module_of(gm, node)
     if gone is None:
         return
-    new = copy.copy(module)
-    new._parameters = dict(module._parameters)
     w = module.weight.detach().clone()
     if k == "embedding":
         w[:, gone] = 0
@@ -164,7 +162,13 @@ def _without_rows(gm: GraphModule, node: Node, k: str, gone: Labels | None) -> N
         w[:, gone] = 0
     else:
         w[gone] = 0
-    new.weight = nn.Parameter(w)
+    _put_weight(gm, node, w)
+
+
+def _put_weight(gm: GraphModule, node: Node, weight: Tensor) -> None:
+    """The node's module with another weight; the module itself may be another graph's too."""
+    new: Any = copy.copy(module_of(gm, node))
+    new._parameters = {**new._parameters, "weight": nn.Parameter(weight)}
     _put(gm, node, new)
 
 
@@ -172,12 +176,9 @@ def _without_gamma(gm: GraphModule, node: Node, gone: Labels | None) -> None:
     module: Any = module_of(gm, node)
     if gone is None or module.weight is None:
         return
-    new = copy.copy(module)
-    new._parameters = dict(module._parameters)
     w = module.weight.detach().clone()
     w[gone] = 0
-    new.weight = nn.Parameter(w)
-    _put(gm, node, new)
+    _put_weight(gm, node, w)
 
 
 def _mask_layer_norm(gm: GraphModule, node: Node, dims: Any, keep: Labels) -> None:
@@ -207,7 +208,7 @@ def _mask_inputs(gm: GraphModule, node: Node, mine: Node, k: str, channels: Chan
         mask = keep[labels].copy()
         if takes is not None:
             mask[takes] = True
-        m = torch.from_numpy(mask.astype(np.float32)).reshape([-1 if i == at else 1 for i in range(rank)])
+        m = torch.from_numpy(mask).reshape([-1 if i == at else 1 for i in range(rank)])
         name = f"mask_{mine.name}_{place}"
         gm.add_submodule(name, Masked(m))
         with gm.graph.inserting_before(mine):

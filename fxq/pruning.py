@@ -9,7 +9,6 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatch
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxq import budget, importance
-from fxq.channels import Labels
+from fxq.channels import Labels, layer_labels
 from fxq.cutting import Cutter
 from fxq.dead_channels import Constants, Reading, added
 from fxq.errors import PassError, nearest
@@ -27,7 +26,7 @@ from fxq.groups import Group, Groups, find
 from fxq.masking import masked
 from fxq.modules import WEIGHTED
 from fxq.selection import Pool, select, within
-from fxq.selectors import Selector, matches
+from fxq.selectors import Selector, fits, matches
 
 WHERE = "prune-channels"
 SCOPES = ("global", "layer")
@@ -108,7 +107,7 @@ class Prune:
             path: of the part. names: module paths inside it.
         """
         inner = {p: p.removeprefix(f"{path}.") for p in (*self.ratios, *(s for s in self.selectors if isinstance(s, str)))}
-        here = {p: i for p, i in inner.items() if any(fnmatch(n, i) or fnmatch(n, f"{i}.*") for n in names)}
+        here = {p: i for p, i in inner.items() if any(fits(n, i) for n in names)}
         keep = [here.get(s) if isinstance(s, str) else s for s in self.selectors if not isinstance(s, str) or s in here]
         return replace(self, keep=[k for k in keep if k is not None], ratios={here[p]: v for p, v in self.ratios.items() if p in here}, must=False)
 
@@ -275,11 +274,13 @@ def _judged(g: Groups, value: Labels, how: Prune) -> list[Group]:
     found = []
     for x in g.groups:
         if bool(np.isnan(value[x.units]).any()):
-            g.left[x.name] = "has no batch norm behind it, so by='bn-gamma' says nothing about it; by='l2' does"
+            why = "the loss does not depend on it" if how.by == "taylor" else "has no batch norm behind it"
+            g.left[x.name] = f"{why}, so by={how.by!r} says nothing about it; by='l2' does"
         else:
             found.append(x)
     if not found:
-        raise PassError(f"by={how.by!r} finds no batch norm on channels that can be cut", where=WHERE, way_out="Use by='l2' (or 'l1', 'taylor' with data)")
+        what = "loss that depends" if how.by == "taylor" else "batch norm"
+        raise PassError(f"by={how.by!r} finds no {what} on channels that can be cut", where=WHERE, way_out="Use by='l2' (or 'l1', 'taylor' with data)")
     return found
 
 
@@ -333,9 +334,7 @@ def apply(p: Plan) -> int:
 
 
 def _kept_outputs(p: Plan, node: Node) -> Labels | None:
-    module: Any = module_of(p.groups.channels.gm, node)
-    dims = p.groups.channels.of(node)
-    labels = dims[len(dims) - 1 - len(getattr(module, "kernel_size", ()))]
+    labels = layer_labels(p.groups.channels, node, module_of(p.groups.channels.gm, node))[1]
     return None if labels is None else np.flatnonzero(p.labels[labels])
 
 

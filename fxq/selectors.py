@@ -13,6 +13,11 @@ Selector = str | type | int
 """A pattern (``fnmatch``) of a module path or node name, a module type, or the number of a weighted layer (-1 the last)."""
 
 
+def fits(path: str, pattern: str) -> bool:
+    """Does the pattern name this module path, or a module that it lies in?"""
+    return fnmatch.fnmatch(path, pattern) or fnmatch.fnmatch(path, pattern + ".*")
+
+
 def matches(gm: GraphModule, node: Node, selector: Selector, layers: Sequence[Node]) -> bool:
     """Does ``selector`` name this node?
 
@@ -25,4 +30,4 @@ def matches(gm: GraphModule, node: Node, selector: Selector, layers: Sequence[No
     if isinstance(selector, type):
         return node.op == "call_module" and isinstance(float_module(gm, node), selector)
     names = (str(node.target) if node.op == "call_module" else node.name, node.name)
-    return any(fnmatch.fnmatch(name, selector) or fnmatch.fnmatch(name, selector + ".*") for name in names)
+    return any(fits(name, selector) for name in names)

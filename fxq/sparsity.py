@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from fxq.errors import FxqError, nearest
 from fxq.modules import Wrapper
+from fxq.selectors import fits
 from fxq.slimming import SlimmingPenalty
 from fxq.weight_masks import (
     LAYERS,
@@ -140,7 +140,7 @@ def _kept(layers: list[tuple[str, nn.Module]], keep: tuple[Keep, ...]) -> dict[s
     wanted: dict[str, str] = {}
     for k in keep:
         if isinstance(k, str):
-            hits = [path for path, _ in layers if fnmatch.fnmatch(path, k) or fnmatch.fnmatch(path, k + ".*")]
+            hits = [path for path, _ in layers if fits(path, k)]
         elif isinstance(k, type):
             hits = [path for path, m in layers if isinstance(m, k)]
         else:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fxq import pruning
+from fxq.budget import budget
 from fxq.channel_reshape import blocks
 from fxq.costs import layer_costs, total
 from fxq.graph import finish, shape
@@ -59,14 +60,13 @@ def test_planned_costs_are_those_of_the_cut_graph(name):
     case = CASES[name]
     gm = canonical(randomised(case.net()), case.input())
     before = total(layer_costs(gm))
-    _, small, plan = cut(gm, pruning.Prune(ratio=0.5, multiple_of=1, by="random", scope="layer"))
-    after = total(layer_costs(small))
+    plan = pruning.plan(gm, pruning.Prune(ratio=0.5, multiple_of=1, by="random", scope="layer", absorb=False), 1)
+    planned = {what: [budget(plan.groups, what).cost(keep) for keep in (plan.groups.all_kept(), plan.keep)] for what in ("parameters", "bytes")}
+    pruning.apply(plan)
+    after = total(layer_costs(gm))
     assert plan.share == pytest.approx(after.macs / before.macs, rel=1e-9)
-    from fxq.budget import budget
-
-    assert after.parameters <= before.parameters
-    whole = budget(plan.groups, "macs")
-    assert whole.cost(plan.groups.all_kept()) > 0
+    for what, costs in planned.items():
+        assert costs == pytest.approx([getattr(before, what), getattr(after, what)], rel=1e-9)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -78,6 +78,35 @@ def test_the_whole_graph_can_be_cut_to_one_channel_each(name):
     masked, small, plan = cut(gm, pruning.Prune(ratio=0.99, multiple_of=1, by="random", scope="layer"))
     assert all(k.any() for k in plan.kept)
     assert distance(masked(x), small(x)) < EXACT
+
+
+class Mixing(torch.nn.Module):
+    """What a linear layer gives along the last dimension, mixed there by an operation that keeps channels (dimension 1) apart."""
+
+    def __init__(self, mix):
+        super().__init__()
+        self.up, self.mix, self.down = torch.nn.Linear(6, 8), mix, torch.nn.Linear(8, 5)
+
+    def forward(self, x):
+        y = self.mix(self.up(x))
+        return self.down(y if y.shape[-1] == 8 else y.expand(-1, -1, 8))
+
+
+@pytest.mark.parametrize(
+    "mix", [torch.nn.InstanceNorm1d(4, affine=True), torch.nn.GroupNorm(2, 4), torch.nn.AdaptiveAvgPool1d(1), torch.nn.Upsample(8, mode="linear")], ids=str
+)
+def test_what_is_mixed_outside_of_the_channels_stays(mix):
+    found = find(canonical(Mixing(mix), torch.randn(2, 4, 6)))
+    assert not found.groups and "space" in found.left["up"]
+
+
+def test_norms_and_slopes_of_another_dimension_do_not_stand_in_the_way():
+    """Batch norm and PReLU over dimension 1, a cut along the last one: each element by itself, and no constant is made up."""
+    net = Mixing(torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.PReLU(4)))
+    gm = canonical(randomised(net), torch.randn(2, 4, 6))
+    masked, small, plan = cut(gm, pruning.Prune(ratio=0.5, multiple_of=1, by="random", scope="layer"))
+    x = torch.randn(2, 4, 6).double()
+    assert [int(k.sum()) for k in plan.kept] == [4] and distance(masked(x), small(x)) < EXACT
 
 
 def test_tied_weights_stay_tied():
