@@ -25,6 +25,7 @@ from fxq.passes.convert import Convert
 from fxq.passes.correct_bias import CorrectBias
 from fxq.passes.fold_bn import FoldBN
 from fxq.passes.legalize import Legalize
+from fxq.passes.make_portable import MakePortable
 from fxq.passes.narrow_inputs import NarrowInputs
 from fxq.passes.prepare_training import PrepareTraining
 from fxq.passes.propagate_shapes import PropagateShapes
@@ -69,11 +70,13 @@ def training_pipeline(scheme: Scheme, observer: str | None, calibrated: bool, ho
     return Pipeline((*_front(scheme, how), Calibrate(observer=observer), Convert(), PrepareTraining(calibrated)))
 
 
-def pipeline_for(scheme: Scheme, observer: str | None = None, how: Prune | None = None) -> Pipeline:
+def pipeline_for(scheme: Scheme, observer: str | None = None, how: Prune | None = None, portable: bool = False) -> Pipeline:
     """The passes that a scheme runs, in order. Of a scheme that is made for training they are those of training."""
     if scheme.trains:
         return training_pipeline(scheme, observer, True, how)
     back: tuple[Pass, ...] = (Calibrate(observer=observer), Convert())
+    if portable:
+        back = (*back, MakePortable())
     if scheme.weight_rounding == "feedback":
         back = (*back, RoundWeights())
     elif scheme.bias_correction:
@@ -96,6 +99,9 @@ def compile(
     progress: Progress | bool = True,
     mode: str = "ptq",
     prune: Prune | None = None,
+    portable: bool = False,
+    states: bool = True,
+    numbers: bool = False,
 ) -> CompiledModel:
     """Capture ``model`` (a copy), rewrite it for ``target`` and quantize it, after training or to be trained.
 
@@ -112,6 +118,11 @@ def compile(
         mode: ``ptq`` quantizes post-training; ``qat`` returns a :class:`~fxq.trainable.TrainableModel`, for schemes with calibrated grids. There
             calibration data is where the ranges begin; with ``example`` alone the first training batch sets them. Dropout is taken out.
         prune: cut channels first (:class:`~fxq.pruning.Prune`); the report is in ``m.prune_report``. To fine-tune in float in between, call :func:`prune`.
+        portable: integer weights that give the same numbers on every x86 CPU, with and without VNNI (``docs/portability.md``); of a trained model call
+            :func:`fxq.portability.portable`.
+        states: keep the graph after every pass (``m.history.graph(name)``, ``m.bisect``); they share all that a pass left alone, and hold the float
+            weights that it replaced until ``m.history.release()``.
+        numbers: measure how far every value moves in every pass (``m.history.numbers(name)``): one run of the first inputs a pass.
         progress: a bar on a terminal or in a notebook; False for none; or a callback ``(what, done, total)`` instead.
 
     Raises:
@@ -134,6 +145,8 @@ def compile(
     if mode == "qat" and sch.method != "static" and not sch.trains:
         way_out = "Use an int8 scheme such as scheme='int8', or mode='ptq'"
         raise SchemeError(f"the scheme {sch.name!r} is {sch.method}: it has no grids to train", way_out=way_out)
+    if portable:
+        admission.require_portable(sch, tgt, mode)
     if sch.method == "static" and calibration is None and mode == "ptq":
         raise CalibrationError(
             f"the scheme {sch.name!r} needs calibration data",
@@ -146,14 +159,15 @@ def compile(
         data = Batches(calibration if calibration is not None else [example], net, limit=batches, spare=spare)
         left = tuple(skip) if isinstance(skip, Sequence) and not isinstance(skip, str) else (skip,)
         with nullcontext(progress) if callable(progress) else ProgressBar() if progress else nullcontext(no_progress) as report:
-            ctx = PassContext(sch, tgt, (), data, left, report, train=mode == "qat")
-            made = _compile(net, data, ctx, observer, tuple(leaf_modules), calibration is not None, prune)
+            ctx = PassContext(sch, tgt, (), data, left, report, train=mode == "qat", states=states, numbers=numbers)
+            made = _compile(net, data, ctx, observer, tuple(leaf_modules), calibration is not None, prune, portable)
             made.prune_report = made.prune_report or before
             return made
 
 
 def _compile(
-    net: nn.Module, data: Batches, ctx: PassContext, observer: str | None, leaves: tuple[type[nn.Module], ...], calibrated: bool, how: Prune | None
+    net: nn.Module, data: Batches, ctx: PassContext, observer: str | None, leaves: tuple[type[nn.Module], ...], calibrated: bool, how: Prune | None,
+    portable: bool,
 ) -> CompiledModel:
     """Capture, then the passes."""
     start = time.perf_counter()
@@ -169,7 +183,7 @@ def _compile(
         way_out = "Train its parts one by one: compile each with mode='qat' and put it in its place"
         raise TraceError(f"the model can only be captured in parts ({', '.join(captured.parts)})", way_out=way_out)
     if captured.gm is None:
-        return _compile_parts(captured, ctx.scheme, ctx.target, data, ctx.float_nodes, observer, ctx.progress, ms, how)
+        return _compile_parts(captured, ctx.scheme, ctx.target, data, ctx.float_nodes, observer, ctx.progress, ms, how, portable)
     history = History([take(captured.gm, "trace", ms=ms, skips=tuple(Skip("capture", f"specialised: {n}") for n in notes))])
     ctx.example, ctx.probe = few, few if notes else resized(few, 1)
     if ctx.train or ctx.scheme.trains:
@@ -179,7 +193,7 @@ def _compile(
         report = _pruned(captured.gm)
         made = model if wanted else model.convert()
     else:
-        pipeline_for(ctx.scheme, observer, how).run(captured.gm, ctx, history)
+        pipeline_for(ctx.scheme, observer, how, portable).run(captured.gm, ctx, history)
         made, report = CompiledModel(captured.gm, captured, history, ctx.scheme, ctx.target), _pruned(captured.gm)
     made.prune_report = report
     return made
@@ -202,6 +216,7 @@ def _compile_parts(
     progress: Progress,
     ms: float,
     how: Prune | None,
+    portable: bool,
 ) -> CompiledModel:
     """Compile each captured submodule on the inputs it sees inside the float model, then put it in its place."""
     root = captured.root
@@ -214,7 +229,7 @@ def _compile_parts(
         ctx = PassContext(sch, tgt, example, seen.get(path), inner, progress)
         try:
             asked = None if how is None else how.inside(path, [n for n, _ in gm.named_modules()])
-            pipeline_for(sch, observer, asked).run(gm, ctx, history)
+            pipeline_for(sch, observer, asked, portable).run(gm, ctx, history)
         except FxqError as e:
             reached = any(x.numel() for x in tree_leaves(seen.get(path, [])) if isinstance(x, torch.Tensor))
             way_out = e.way_out if reached or not static else f"Give data on which the model uses this part, or keep it float with skip='{path}.*'"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from fxq.compiled import CompiledModel
 from fxq.errors import ArtifactError, LoweringError
 from fxq.lowering import Artifact
 from fxq.pruned import PrunedModel
-from fxq.snapshot import History, Skip, Snapshot
+from fxq.snapshot import History, NodeRow, Skip, Snapshot
 from fxq.trace import Captured
 from fxq.trainable import TrainableModel
 
-FORMAT, VERSION = "fxq-model", 1
+FORMAT, VERSION = "fxq-model", 2
 KINDS: dict[str, type[CompiledModel]] = {"compiled": CompiledModel, "trainable": TrainableModel, "pruned": PrunedModel}
 
 
@@ -48,7 +49,7 @@ def save(model: CompiledModel, path: str | os.PathLike[str], *, force: bool = Fa
         "kind": kind, "version": VERSION, "fxq": __version__, "graph": w.graph(model.graph_module), "scheme": w.value(model.scheme, "scheme"),
         "target": target.name, "phase": getattr(model, "phase", ""), "training": model.training, "rung": model.captured.rung,
         "steps": int(getattr(model, "steps", 0)), "hold_at": getattr(model, "hold_at", None), "specialised": list(model.captured.specialised),
-        "history": [[s.name, s.text, s.rewrites, s.nodes, s.ms, s.moved, [[k.node, k.why] for k in s.skips]] for s in model.history],
+        "history": [[s.name, [astuple(r) for r in s.rows], s.rewrites, s.ms, s.moved, [[k.node, k.why] for k in s.skips]] for s in model.history],
     }  # fmt: skip
     return Artifact(FORMAT, encode(w.tensors, {"format": FORMAT, "model": json.dumps(head)})).save(path, force=force)
 
@@ -84,7 +85,7 @@ def _load(path: Path) -> CompiledModel:
         reader = graph_json.Reader(tensors)
         gm = reader.graph(head["graph"])
         scheme, target = reader.value(head["scheme"]), targets.get(head["target"])
-        history = History([Snapshot(s[0], s[1], s[2], s[3], s[4], s[5], tuple(Skip(*k) for k in s[6])) for s in head["history"]])
+        history = History([_snapshot(s, int(head["version"])) for s in head["history"]])
         captured = Captured(gm, str(head["rung"]), tuple(head["specialised"]), nn.Module())
         model = KINDS[head["kind"]](gm, captured, history, scheme, target)
         if isinstance(model, TrainableModel):
@@ -93,3 +94,13 @@ def _load(path: Path) -> CompiledModel:
     except (KeyError, TypeError, ValueError) as e:
         raise ArtifactError(f"its header is damaged: {type(e).__name__}: {e}", way_out="Save the model again") from e
     return model.train(bool(head["training"]))
+
+
+def _snapshot(s: list[Any], version: int) -> Snapshot:
+    """A snapshot without its graph. Version 1 held the text only."""
+    if version == 1:
+        rows = tuple(NodeRow(line[1:].split(" ", 1)[0], "", text=line) for line in s[1].splitlines())
+        return Snapshot(s[0], rows, s[2], s[4], s[5], tuple(Skip(*k) for k in s[6]))
+    names = [f.name for f in fields(NodeRow)]
+    rows = tuple(NodeRow(**{**dict(zip(names, r, strict=True)), "inputs": tuple(r[3])}) for r in s[1])
+    return Snapshot(s[0], rows, s[2], s[3], s[4], tuple(Skip(*k) for k in s[5]))

@@ -7,7 +7,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 
 from fxq import graph, snapshot
 from fxq.errors import PassError
+from fxq.recorder import Recorder
 from fxq.schemes import Scheme
 from fxq.snapshot import History, Skip
 from fxq.targets import Target
@@ -41,6 +42,8 @@ class PassContext:
         float_nodes: what stays float: patterns (``fnmatch`` on module path or node name), module types, numbers of weighted layers.
         progress: callback for long work.
         train: the graph will be trained: passes keep what that needs.
+        states: keep the graph after every pass in the history.
+        numbers: measure how far every value moves in every pass.
         kept: the first calibration batches, for passes that measure after ``calibrate`` (filled by it where the scheme needs them).
         skips: filled through :meth:`skip`.
     """
@@ -55,6 +58,13 @@ class PassContext:
     kept: list[tuple[Any, ...]] = field(default_factory=list)
     probe: tuple[Any, ...] | None = None
     train: bool = False
+    states: bool = True
+    numbers: bool = False
+
+    @property
+    def probed(self) -> tuple[Any, ...]:
+        """The inputs on which changes are measured."""
+        return self.example if self.probe is None else self.probe
 
     def skip(self, node: Node | str, why: str) -> None:
         """Record that a pass left ``node`` alone, and why."""
@@ -114,6 +124,11 @@ class Pipeline:
         check_all = os.environ.get("FXQ_VERIFY", "") not in ("", "0")
         holds: set[str] = set()
         code = graph.structure(gm)
+        last = snapshot.take(gm, "", before=history.snapshots[-1] if history.snapshots else None, keep=ctx.states or ctx.numbers)
+        recorder = Recorder(last.state, ctx.probed) if ctx.numbers and last.state is not None else None
+        history.example = ctx.probed
+        if ctx.states and history.snapshots:
+            history.snapshots[-1] = replace(history.snapshots[-1], state=last.state)
         before = _output(gm, ctx) if any(p.tolerance is not None for p in self.passes) else None
         for i, p in enumerate(self.passes):
             ctx.progress(p.name, i, len(self.passes))
@@ -139,7 +154,9 @@ class Pipeline:
                 before = None
             if before is None and any(q.tolerance is not None for q in self.passes[i + 1 :]):
                 before = _output(gm, ctx)
-            history.snapshots.append(snapshot.take(gm, p.name, rewrites=rewrites, ms=ms, moved=moved, skips=tuple(ctx.skips)))
+            last = snapshot.take(gm, p.name, rewrites=rewrites, ms=ms, moved=moved, skips=tuple(ctx.skips), before=last, keep=ctx.states or ctx.numbers)
+            numbers = recorder.record(gm, last.state) if recorder is not None and last.state is not None else {}
+            history.snapshots.append(replace(last, numbers=numbers, state=last.state if ctx.states else None))
             _debug(history)
             if after is not None:
                 after(p.name, history)
@@ -149,7 +166,7 @@ class Pipeline:
 
 def _output(gm: GraphModule, ctx: PassContext) -> Any:
     with torch.inference_mode():
-        return gm(*(ctx.example if ctx.probe is None else ctx.probe))
+        return gm(*ctx.probed)
 
 
 def _debug(history: History) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,27 +13,67 @@ from torch.fx import GraphModule, Node
 
 from fxq.errors import PassError, nearest
 from fxq.graph import grid_of, kind
+from fxq.moves import Moved
+from fxq.states import State
 
 
-def node_text(gm: GraphModule, node: Node) -> str:
-    """One line: ``%name = kind(args) path [sizes] grid``; batch-dependent sizes are marked ``*``."""
+@dataclass(frozen=True)
+class NodeRow:
+    """One node of a recorded graph, as plain data.
+
+    Attributes:
+        name, kind: of the node; the kind is that of :func:`fxq.graph.kind` (or the target of an operation that has none).
+        path: module path, or the empty string.
+        inputs: names of the nodes it reads, in order.
+        sizes: like ``[*,64,56,56]``; sizes that follow the batch are marked ``*``; empty when not known.
+        grid: name of the grid that its value is rounded to, or empty.
+        codes: that grid as text.
+        runs: ``int``, ``float``, or empty before ``annotate``.
+        why: why it stays float.
+        detail: the module's own description.
+        text: the line of the graph text: ``%name = kind(args) <path> {detail} [sizes] @grid codes int``.
+    """
+
+    name: str
+    kind: str
+    path: str = ""
+    inputs: tuple[str, ...] = ()
+    sizes: str = ""
+    grid: str = ""
+    codes: str = ""
+    runs: str = ""
+    why: str = ""
+    detail: str = ""
+    text: str = ""
+
+
+def row(gm: GraphModule, node: Node) -> NodeRow:
+    """The node as plain data."""
     args = ", ".join(_arg(a) for a in node.args) + "".join(f", {k}={_arg(v)}" for k, v in node.kwargs.items())
     k = kind(gm, node)
     what = str(node.target) if k == "opaque" or node.op == "get_attr" else k
     if k == "opaque" and node.op == "call_function":
         what = getattr(node.target, "__name__", str(node.target))
+    path = str(node.target) if node.op in ("call_module", "get_attr") else ""
+    detail = gm.get_submodule(path).extra_repr() if node.op == "call_module" else ""
+    sizes = _sizes(node.meta.get("shape"), node.meta.get("dynamic"))
+    grid = grid_of(gm, node)
+    runs = ("int" if node.meta["integer"] else "float") if "integer" in node.meta else ""
     line = f"%{node.name} = {what}({args})"
     if node.op == "call_module":
-        detail = gm.get_submodule(str(node.target)).extra_repr()
-        line += f" <{node.target}>" + (f" {{{detail}}}" if detail else "")
-    sizes = _sizes(node.meta.get("shape"), node.meta.get("dynamic"))
+        line += f" <{path}>" + (f" {{{detail}}}" if detail else "")
     line += f" {sizes}" if sizes else ""
-    grid = grid_of(gm, node)
-    if grid is not None:
-        line += f" @{node.meta['grid']} {grid}"
-    if "integer" in node.meta:
-        line += " int" if node.meta["integer"] else " float"
-    return line
+    line += f" @{node.meta['grid']} {grid}" if grid is not None else ""
+    line += f" {runs}" if runs else ""
+    name, codes = ("", "") if grid is None else (str(node.meta["grid"]), str(grid))
+    inputs = tuple(n.name for n in node.all_input_nodes)
+    why = str(node.meta.get("float_why") or "")
+    return NodeRow(node.name, what if k == "opaque" else k, path, inputs, sizes, name, codes, runs, why, detail, line)
+
+
+def node_text(gm: GraphModule, node: Node) -> str:
+    """One line: ``%name = kind(args) path [sizes] grid``; batch-dependent sizes are marked ``*``."""
+    return row(gm, node).text
 
 
 def _arg(a: Any) -> str:
@@ -71,28 +112,52 @@ class Snapshot:
 
     Attributes:
         name: the pass.
-        text: the graph, a line a node.
+        rows: the graph, a row a node.
         rewrites: how many places the pass changed.
-        nodes: number of nodes after it.
         ms: wall time of the pass, milliseconds.
         moved: greatest change of the output on the probe, relative to its greatest magnitude; ``None`` when not measured.
         skips: places left alone, with reasons.
+        numbers: node -> how far its value moved on the probe; empty unless compiled with ``numbers=True``.
+        state: the graph itself, to run it again; ``None`` in a loaded history.
     """
 
     name: str
-    text: str
+    rows: tuple[NodeRow, ...]
     rewrites: int
-    nodes: int
     ms: float
     moved: float | None = None
     skips: tuple[Skip, ...] = ()
+    numbers: dict[str, Moved] = field(default_factory=dict, compare=False)
+    state: State | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def text(self) -> str:
+        """The graph, a line a node."""
+        return "\n".join(r.text for r in self.rows)
+
+    @property
+    def nodes(self) -> int:
+        """Number of nodes."""
+        return len(self.rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; an infinite SQNR (an equal value) is ``None``."""
+        numbers = {k: m.to_json() for k, m in self.numbers.items()}
+        plain = {"name": self.name, "text": self.text, "rewrites": self.rewrites, "nodes": self.nodes, "ms": self.ms, "moved": self.moved}
+        return {**plain, "skips": [asdict(k) for k in self.skips], "rows": [asdict(r) for r in self.rows], "numbers": numbers}
 
 
 @dataclass
 class History:
-    """All snapshots of a compilation, in order. ``print(history)`` shows a table."""
+    """All snapshots of a compilation, in order. ``print(history)`` shows a table.
+
+    Attributes:
+        snapshots: one a pass.
+        example: positional inputs on which the changes were measured, or None.
+    """
 
     snapshots: list[Snapshot] = field(default_factory=list)
+    example: tuple[Any, ...] | None = field(default=None, compare=False, repr=False)
 
     def __iter__(self) -> Iterator[Snapshot]:
         return iter(self.snapshots)
@@ -122,8 +187,34 @@ class History:
         return "\n".join(lines)
 
     def to_json(self) -> list[dict[str, Any]]:
-        """Plain data of all snapshots, for ``json.dump``."""
-        return [asdict(s) for s in self.snapshots]
+        """Plain data of all snapshots, for ``json.dump``; an infinite SQNR (an equal value) is ``None``."""
+        return [s.to_json() for s in self.snapshots]
+
+    def graph(self, name: str) -> GraphModule:
+        """The graph after the pass ``name``, to run, print or export; its modules are those of the compilation, not copies.
+
+        Raises:
+            PassError: for an unknown pass, or when the graph was let go (``release``, a loaded model).
+        """
+        state = self[name].state
+        if state is None:
+            raise PassError("the graph itself was not kept", where=name, way_out="Compile the model again with states=True, the default")
+        return state.build()
+
+    def numbers(self, name: str) -> str:
+        """How far each value moved in the pass ``name``, worst first, as a table; empty when it was not measured or nothing moved."""
+        found = sorted(((m, n) for n, m in self[name].numbers.items() if m.sqnr != math.inf), key=lambda p: (p[0].sqnr, p[1]))
+        if not found:
+            return ""
+        head = f"{'node':<44} {'SQNR':>8} {'cosine':>9} {'steps':>7} {'to float':>9}"
+        return "\n".join([head, "-" * len(head), *(f"{n:<44} {m}" for m, n in found)])
+
+    def release(self) -> None:
+        """Let the graphs of all passes go: the float weights that only they hold leave memory. Texts and numbers stay."""
+        self.snapshots = [replace(s, state=None) for s in self.snapshots]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> History:
+        return History(list(self.snapshots), self.example)  # snapshots never change
 
     def __str__(self) -> str:
         head = f"{'pass':<18} {'rewrites':>8} {'nodes':>6} {'ms':>9}  output moved"
@@ -135,9 +226,25 @@ class History:
         return "\n".join(rows)
 
 
-def take(gm: GraphModule, name: str, *, rewrites: int = 0, ms: float = 0.0, moved: float | None = None, skips: tuple[Skip, ...] = ()) -> Snapshot:
-    """Snapshot of ``gm`` as it is now."""
-    return Snapshot(name, graph_text(gm), rewrites, len(gm.graph.nodes), ms, moved, skips)
+def take(
+    gm: GraphModule,
+    name: str,
+    *,
+    rewrites: int = 0,
+    ms: float = 0.0,
+    moved: float | None = None,
+    skips: tuple[Skip, ...] = (),
+    before: Snapshot | None = None,
+    keep: bool = False,
+    numbers: dict[str, Moved] | None = None,
+) -> Snapshot:
+    """Snapshot of ``gm`` as it is now; with ``keep`` its graph too. What equals the snapshot ``before`` is shared with it."""
+    rows = tuple(row(gm, n) for n in gm.graph.nodes)
+    if before is not None:
+        same = {r.text: r for r in before.rows}
+        rows = tuple(old if (old := same.get(r.text)) == r else r for r in rows)
+    state = State.of(gm, None if before is None else before.state) if keep else None
+    return Snapshot(name, rows, rewrites, ms, moved, skips, numbers or {}, state)
 
 
 def distance(a: Any, b: Any) -> float:

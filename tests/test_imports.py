@@ -12,12 +12,13 @@ STREET: tuple[tuple[str, ...], ...] = (
     ("spec", "distributed", "selection"),
     ("numerics", "schemes", "convolutions"),
     ("modules", "observers", "targets", "lowbit"),
-    ("graph", "lowering", "tracers", "calibration", "weight_ranges", "weight_masks"),
+    ("graph", "lowering", "tracers", "calibration", "weight_ranges", "weight_masks", "moves", "lineage", "values"),
+    ("states",),
     (
         "trackers", "estimators", "graph_json", "shapes", "snapshot", "folding", "kernels", "layerwise", "routing", "concrete", "exported", "parts",
-        "costs", "channels", "selectors",
+        "costs", "channels", "selectors", "portability_pairs",
     ),
-    ("verify", "canonical", "trace", "prune_report", "channel_reshape"),
+    ("verify", "canonical", "trace", "prune_report", "channel_reshape", "recorder"),
     (
         "pipeline", "canonical_math", "canonical_chains", "canonical_index", "canonical_reduce", "canonical_shape", "constants", "inline",
         "channel_rules", "cutting",

@@ -171,7 +171,7 @@ def node(head: dict[str, Any]) -> Any:
         (lambda h: node(h).update(target="nowhere"), "its graph is damaged|does not reference"),
         (lambda h: h["graph"]["nodes"].append(h["graph"]["nodes"][1]), "two nodes are called"),
         (lambda h: h.pop("scheme"), "its header is damaged"),
-        (lambda h: h.update(version=99), "has version 99, this fxq reads up to 1. Update fxq"),
+        (lambda h: h.update(version=99), "has version 99, this fxq reads up to 2. Update fxq"),
     ],
 )  # fmt: skip
 def test_files_that_want_more_are_refused(edit: Callable[[dict[str, Any]], None], text: str, tmp_path: Path) -> None:
@@ -192,3 +192,15 @@ def test_damaged_and_foreign_files(tmp_path: Path) -> None:
     for name, text in (("short", "cannot be read"), ("other", "is no model of fxq"), ("missing", "cannot be read")):
         with pytest.raises(ArtifactError, match=f"{name}.fxq: {text}"):
             fxq.load(tmp_path / f"{name}.fxq")
+
+
+def test_a_file_of_version_1_comes_back(tmp_path: Path) -> None:
+    m = fxq.compile(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()).eval(), "float", example=X, progress=False)
+
+    def older(head: dict[str, Any]) -> None:
+        head["version"] = 1
+        head["history"] = [[s.name, s.text, s.rewrites, s.nodes, s.ms, s.moved, [[k.node, k.why] for k in s.skips]] for s in m.history]
+
+    again = fxq.load(edited(fxq.save(m, tmp_path / "m.fxq"), older))
+    assert [s.text for s in again.history] == [s.text for s in m.history] and str(again.history) == str(m.history)
+    assert [r.name for r in again.history["trace"].rows] == [r.name for r in m.history["trace"].rows]

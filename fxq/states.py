@@ -1,0 +1,51 @@
+"""A graph as it is now, kept so that it can be run again: nodes are copied, modules are shared (passes swap modules, they never edit weights)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.fx import Graph, GraphModule
+
+from fxq.graph import Grid, attr, grids, module_of, new_graph_module
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """A recorded graph.
+
+    Attributes:
+        graph: a copy of the nodes with their meta.
+        parts: module path or attribute path -> the module or tensor that the graph had there.
+        grids: the grids by name.
+        marks: each node with what its meta says.
+    """
+
+    graph: Graph
+    parts: dict[str, Any]
+    grids: dict[str, Grid]
+    marks: tuple[Any, ...] = field(repr=False)
+
+    @classmethod
+    def of(cls, gm: GraphModule, before: State | None = None) -> State:
+        """The state of ``gm``; where its nodes read the same and its modules and grids are those of ``before``, that one."""
+        parts = {str(n.target): module_of(gm, n) if n.op == "call_module" else attr(gm, n) for n in gm.graph.nodes if n.op in ("call_module", "get_attr")}
+        marks = tuple((n.format_node(), *(n.meta.get(key) for key in MARKS)) for n in gm.graph.nodes)
+        if before is not None and marks == before.marks and _same(parts, before.parts) and _same(grids(gm), before.grids):
+            return before
+        return cls(copy.deepcopy(gm.graph), parts, dict(grids(gm)), marks)
+
+    def build(self) -> GraphModule:
+        """A graph module of its own over the shared modules, in eval mode."""
+        gm = new_graph_module(self.parts, copy.deepcopy(self.graph), "GraphModule")  # type: ignore[arg-type]
+        gm.meta["grids"] = dict(self.grids)
+        return gm
+
+
+MARKS = ("shape", "grid", "integer", "weight_spec", "absorbed", "narrow", "reads_codes", "int8_layer")
+
+
+def _same(a: Mapping[str, object], b: Mapping[str, object]) -> bool:
+    return a.keys() == b.keys() and all(a[k] is b[k] for k in a)
