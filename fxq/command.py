@@ -36,6 +36,9 @@ def parser() -> argparse.ArgumentParser:
     lint.add_argument("--json", action="store_true", help="print the report as JSON")
     lint.add_argument("--strict", action="store_true", help="exit code 1 also for warnings and for operations in float")
     lint.set_defaults(run=_lint)
+    from fxq import cli_doctor
+
+    cli_doctor.add(commands)
     return p
 
 

@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "fxq"
 
 STREET: tuple[tuple[str, ...], ...] = (
-    ("errors", "heap", "progress"),
+    ("errors", "heap", "progress", "doctor_machine", "tables_html"),
     ("spec", "distributed", "selection"),
     ("numerics", "schemes", "convolutions"),
     ("modules", "observers", "targets", "lowbit"),
@@ -18,7 +18,7 @@ STREET: tuple[tuple[str, ...], ...] = (
         "trackers", "estimators", "graph_json", "shapes", "snapshot", "folding", "kernels", "layerwise", "routing", "concrete", "exported", "parts",
         "costs", "channels", "selectors", "portability_pairs",
     ),
-    ("verify", "canonical", "trace", "prune_report", "channel_reshape", "recorder"),
+    ("verify", "canonical", "trace", "prune_report", "channel_reshape", "doctor_health", "interop", "tabular", "recorder"),
     (
         "pipeline", "canonical_math", "canonical_chains", "canonical_index", "canonical_reduce", "canonical_shape", "constants", "inline",
         "channel_rules", "cutting",
@@ -43,7 +43,9 @@ STREET: tuple[tuple[str, ...], ...] = (
     ("compiled", "group_sensitivity"),
     ("trainable", "slimming", "pruned"),
     ("api", "zoo", "modelfile", "prune_model", "sparsity"),
-    ("cli_engine", "cli_prune"),
+    ("doctor_plan",),
+    ("doctor",),
+    ("cli_engine", "cli_prune", "cli_doctor"),
     ("cli", "command"),
 )  # fmt: skip
 """A module imports from the rows above its own only."""
