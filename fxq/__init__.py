@@ -16,6 +16,7 @@ _PUBLIC = {
     "load": "fxq.modelfile",
     "CompiledModel": "fxq.compiled",
     "capture": "fxq.trace",
+    "doctor": "fxq.diagnosis",
     "Scheme": "fxq.schemes",
     "QuantSpec": "fxq.spec",
     "QParams": "fxq.spec",

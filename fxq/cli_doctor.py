@@ -32,7 +32,7 @@ def add(commands: Any) -> None:
 def run(a: argparse.Namespace) -> int:
     """Say before any quantization what will run in integers and what stands in the way. Exit code 0: nothing does, 1: something does, 2: your mistake."""
     from fxq import sources
-    from fxq.doctor import doctor
+    from fxq.diagnosis import doctor
 
     wanted = a.target or ["onnxruntime"]
     if a.source is None and (a.weights or a.input):

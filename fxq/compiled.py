@@ -7,12 +7,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.fx import GraphModule
 
-from fxq import admission, graph, targets
+from fxq import admission, graph, tables_html, tabular, targets
 from fxq.calibration import Batches
 from fxq.errors import ArtifactError, FxqError, LoweringError, TargetError, nearest
 from fxq.heap import young
@@ -95,7 +96,7 @@ class CompiledModel(nn.Module):
 
     def __init__(self, root: nn.Module, captured: Captured, history: History, scheme: Scheme, target: Target) -> None:
         super().__init__()
-        self.root = root
+        self.root = tabular.adopt(root) if isinstance(root, GraphModule) else root
         self.captured, self.history, self.scheme, self.target = captured, history, scheme, target
         self.parts: dict[str, CompiledModel] = {}
         self.prune_report: PruneReport | None = None
@@ -159,6 +160,26 @@ class CompiledModel(nn.Module):
             for n in gm.graph.nodes
             if n.meta.get("float_why") and n.op not in ("output", "placeholder", "get_attr")
         ]
+
+    def save_graph(self, path: str | os.PathLike[str], state: str | None = None, format: str | None = None, *, force: bool = False) -> Path:
+        """Write the graph after a pass for a viewer: ``.onnx`` for Netron, ``.json`` for Model Explorer; no weights.
+
+        Args:
+            path: the file.
+            state: name of the pass; by default the last.
+            format: ``onnx`` or ``json``; by default the ending of ``path``.
+            force: replace an existing file.
+
+        Raises:
+            PassError: for an unknown pass.
+            ArtifactError: for an unknown format, or a file that cannot be written.
+        """
+        from fxq.interop import save_graph
+
+        return save_graph(self.history, path, state, format, force=force)
+
+    def _repr_html_(self) -> str:
+        return tables_html.of_compiled(self)
 
     @young()
     def lower(self, backend_name: str = "onnx-qdq", target: str | Target | None = None, **options: Any) -> Artifact:

@@ -184,6 +184,9 @@ class PruneReport:
             parts += ["<h3>Each group cut alone</h3>", self.sensitivity.to_html()]
         return "\n".join([*parts, "</section>"])
 
+    def _repr_html_(self) -> str:
+        return self.to_html()
+
     def _svg(self) -> str:
         """Bars of all weighted layers, as wide as their channels."""
         bars = [(b.path, b.outputs, a.outputs) for b, a in self.pairs() if b.kind in WEIGHTED and b.kind != "matmul" and b.outputs]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from fxq import tables_html
 from fxq.errors import PassError, nearest
 from fxq.graph import grid_of, kind
 from fxq.moves import Moved
@@ -224,6 +225,9 @@ class History:
             rows.append(f"{s.name:<18} {s.rewrites:>8} {s.nodes:>6} {s.ms:>9.1f}  {moved}")
             rows += [f"    left alone: {k.node}: {k.why}" for k in s.skips]
         return "\n".join(rows)
+
+    def _repr_html_(self) -> str:
+        return tables_html.of_history(self)
 
 
 def take(

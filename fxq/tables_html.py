@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
+from typing import Any
 
 LEFT, RIGHT = "text-align:left", "text-align:right"
 
@@ -34,3 +35,46 @@ def folded(summary: str, body: str) -> str:
         body: HTML.
     """
     return f"<details><summary>{html.escape(summary)}</summary>{body}</details>"
+
+
+def of_history(history: Any) -> str:
+    """A line a pass (:class:`fxq.snapshot.History`); what passes left alone opens on a click."""
+    rows = [(s.name, s.rewrites, s.nodes, f"{s.ms:.1f}", "-" if s.moved is None else f"{s.moved:.2e}" if s.moved else "0") for s in history]
+    made = table(("pass", "rewrites", "nodes", "ms", "output moved"), rows, numbers=(1, 2, 3, 4))
+    left = [(s.name, k.node, k.why) for s in history for k in s.skips]
+    return made + (folded(f"left alone: {len(left)}", table(("pass", "node", "reason"), left)) if left else "")
+
+
+def of_compiled(model: Any) -> str:
+    """Scheme, target, what runs in float with reasons, and the passes (:class:`fxq.CompiledModel`)."""
+    name = type(model).__name__
+    if model.parts:
+        rows = [(path, part.history.snapshots[-1].nodes, len(part.float_ops)) for path, part in model.parts.items()]
+        return table(("part", "nodes", "operations in float"), rows, f"{name}: {model.scheme.name} for {model.target.name}, in parts", (1, 2))
+    ops = [n for n in model.graph_module.graph.nodes if "integer" in n.meta and n.op.startswith("call_")]
+    integer = sum(bool(n.meta["integer"]) for n in ops)
+    head = f"{name}: {model.scheme.name} for {model.target.name}; {integer} of {len(ops)} nodes in integers"
+    floats = [(o.node, o.kind, o.why) for o in model.float_ops]
+    below = folded(f"in float: {len(floats)}", table(("node", "kind", "reason"), floats)) if floats else ""
+    return f"<p>{html.escape(head)}</p>{of_history(model.history)}{below}"
+
+
+def of_lint(report: Any) -> str:
+    """Operator types with their counts, then the nodes in float with reasons (:class:`fxq.lint.LintReport`)."""
+    caption = f"{report.q_left} QuantizeLinear and {report.dq_left} DequantizeLinear left"
+    made = table(("operator", "int8", "float"), [(op, *n) for op, n in report.counts().items()], caption, (1, 2))
+    floats = [(o.node, o.op, o.why) for o in report.ops if o.runs == "float"]
+    return made + (table(("node in float", "operator", "reason"), floats) if floats else "")
+
+
+def of_proof(proof: Any) -> str:
+    """The verdict, each output, and the nodes that differ (:class:`fxq.verdict.Proof`)."""
+    rows = [(o.name, "exact" if o.exact else "within the bound", f"{o.differ} of {o.elements}", f"{o.drift:.2g}", f"{o.error:.2g}") for o in proof.outputs]
+    outputs = table(("output", "has to be", "elements off", "end to end", "given the runtime's codes"), rows, proof.verdict, (2, 3, 4))
+    wrong = [(d.node, d.tensor, f"{d.differ} of {d.elements}", f"{d.greatest:g}", d.cause) for d in proof.differences]
+    facts = [
+        (proof.what, f"{proof.nodes} of {proof.planned} compared"), ("elements off", f"{proof.hidden_differ} of {proof.hidden}"), ("ties", proof.ties),
+        ("batches", proof.batches), ("operations in float", len(proof.float_nodes)),
+    ]  # fmt: skip
+    nodes = table(("node", "tensor", "elements off", "greatest", "cause"), wrong, numbers=(2, 3)) if wrong else ""
+    return outputs + table(("of the nodes", ""), facts) + nodes

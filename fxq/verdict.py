@@ -14,6 +14,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fxq import tables_html
+
 BOUND = 1e-4
 """Greatest allowed difference of a float operation's result, relative to the greatest magnitude in the tensor."""
 HALF_BOUND = 1e-2
@@ -138,6 +140,9 @@ class Proof:
         if self.float_nodes:
             lines.append(f"{_count(len(self.float_nodes), 'operation runs', 'operations run')} in float: {_some(self.float_nodes)}")
         return "\n".join([*lines, self.verdict])
+
+    def _repr_html_(self) -> str:
+        return tables_html.of_proof(self)
 
     def _outputs(self, exact: bool) -> list[str]:
         some = [o for o in self.outputs if o.exact == exact]

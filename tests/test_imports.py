@@ -44,7 +44,7 @@ STREET: tuple[tuple[str, ...], ...] = (
     ("trainable", "slimming", "pruned"),
     ("api", "zoo", "modelfile", "prune_model", "sparsity"),
     ("doctor_plan",),
-    ("doctor",),
+    ("diagnosis",),
     ("cli_engine", "cli_prune", "cli_doctor"),
     ("cli", "command"),
 )  # fmt: skip
