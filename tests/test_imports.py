@@ -39,7 +39,7 @@ STREET: tuple[tuple[str, ...], ...] = (
     ("lint", "proof", "lint_trt_fix"),
     ("tensorrt",),
     ("engine_proof",),
-    ("admission", "sources"),
+    ("admission", "sources", "report"),
     ("compiled", "group_sensitivity"),
     ("trainable", "slimming", "pruned"),
     ("api", "zoo", "modelfile", "prune_model", "sparsity"),
@@ -92,7 +92,7 @@ def faults(name: str, path: Path) -> list[str]:
     for line, target in imports(path):
         other = target.split(".")[0]
         if other == top:
-            own = top == "zoo" or (top == "backends" and any({name.split(".")[-1], target.split(".")[-1]} <= one for one in ONE_BACKEND))
+            own = top in ("zoo", "report") or (top == "backends" and any({name.split(".")[-1], target.split(".")[-1]} <= one for one in ONE_BACKEND))
             fine = own and target != name
         else:
             fine = ROW[other] < ROW[top]

@@ -33,12 +33,19 @@ def source_files() -> set[str]:
     return {str(p.relative_to(ROOT)) for p in (ROOT / "fxq").rglob("*.py")}
 
 
+def page_files() -> set[str]:
+    """Style and scripts of the HTML report."""
+    found = {str(p.relative_to(ROOT)) for p in (ROOT / "fxq/report").iterdir() if p.suffix in (".css", ".js")}
+    assert {"fxq/report/page.css", "fxq/report/page.js"} <= found
+    return found
+
+
 def test_the_wheel_holds_fxq_and_nothing_else(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
     names = [n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n]
     assert {n.split("/")[0] for n in names} == {"fxq"}
     assert {n for n in names if n.endswith(".py")} == source_files()
-    assert "fxq/py.typed" in names
+    assert {"fxq/py.typed", *page_files()} <= set(names)
 
 
 def test_the_wheel_states_its_command_licence_and_extras(built: Path) -> None:
@@ -49,7 +56,7 @@ def test_the_wheel_states_its_command_licence_and_extras(built: Path) -> None:
     assert text["top_level.txt"].split() == ["fxq"]
     assert "License-Expression: Apache-2.0" in text["METADATA"]
     extras = {line.split(": ")[1] for line in text["METADATA"].splitlines() if line.startswith("Provides-Extra")}
-    assert extras == {"tensorrt", "bitwise", "bench", "demo", "dev"}
+    assert extras == {"tensorrt", "bitwise", "bench", "demo", "report", "dev"}
 
 
 def test_the_source_archive_holds_the_same_files(built: Path) -> None:
@@ -57,7 +64,7 @@ def test_the_source_archive_holds_the_same_files(built: Path) -> None:
     with tarfile.open(archive) as t:
         names = {n.split("/", 1)[1] for n in t.getnames() if "/" in n}
     assert {n for n in names if n.startswith("fxq/") and n.endswith(".py")} == source_files()
-    assert {"fxq/py.typed", "pyproject.toml", "README.md", "LICENSE"} <= names
+    assert {"fxq/py.typed", "pyproject.toml", "README.md", "LICENSE", *page_files()} <= names
 
 
 @pytest.mark.parametrize("name", ["passes", "backends"])
