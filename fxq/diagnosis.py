@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxq import admission, doctor_health, targets
+from fxq import admission, doctor_health, schemes, targets
 from fxq.calibration import Batches
 from fxq.doctor_health import Finding
 from fxq.doctor_machine import Machine, Package, machine, packages
@@ -165,12 +165,14 @@ def doctor(
         name: the model's name in the report.
 
     Raises:
-        TargetError: for an unknown target.
+        TargetError, SchemeError: for an unknown target or scheme.
         CalibrationError: the shapes are not known, or the model does not run on ``example``.
         ArtifactError: when the ONNX file cannot be read.
     """
     start = time.perf_counter()
     wanted, needs_all = _targets(target)
+    if scheme != "int8":
+        schemes.get(scheme)
     base = Diagnosis(None, machine(), tuple(packages()), needs_all=needs_all)
     if model is None:
         return base
