@@ -41,7 +41,7 @@ def measure(name: str, rounds: int, threads: int) -> dict[str, dict[str, Any]]:
         source: Any = net
         if multiple:
             pruned = fxq.prune(net, fxq.Prune(macs=0.5, multiple_of=multiple), example=data[:1], progress=False)
-            left[multiple] = total(pruned.report.after).macs / total(pruned.report.before).macs  # type: ignore[union-attr]
+            left[multiple] = total(pruned.prune_report.after).macs / total(pruned.prune_report.before).macs  # type: ignore[union-attr]
             source = pruned.eval()
         for label, scheme in SCHEMES.items():
             m = fxq.compile(source, scheme, calibration=data, progress=False)

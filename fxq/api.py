@@ -135,7 +135,7 @@ def compile(
     if isinstance(model, torch.export.ExportedProgram):
         model = program_module(model)
     net: nn.Module = admission.unwrapped(model)
-    before = net.report if isinstance(net, PrunedModel) else None
+    before = net.prune_report if isinstance(net, PrunedModel) else None
     net = net.root if isinstance(net, PrunedModel) else net
     if isinstance(net, CompiledModel):
         raise FxqError("the model is compiled already", way_out="Pass the float model that it was made from")

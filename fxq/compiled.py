@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,9 @@ from fxq.trace import Captured
 
 if TYPE_CHECKING:
     from fxq.engine_proof import EngineProof
+    from fxq.metrics import Score
+    from fxq.selectors import Selector
+    from fxq.verdicts import Verdict
     from fxq.lint import LintReport
     from fxq.lint_trt_report import TrtReport
     from fxq.proof import Proof
@@ -243,6 +247,102 @@ class CompiledModel(nn.Module):
         from fxq.proof import verify
 
         return verify(gm, artifact, batches, fused=self.target.fused)
+
+    def bisect(self, metric: str | Score = "sqnr", data: Any = None, tolerance: float | None = None, *, limit: int | None = None) -> Verdict:
+        """Which pass, which node and why, when the compiled model is worse than it should be. ``print`` the verdict.
+
+        First both models run twice on one input: what is not deterministic is named. Then every pass is held to what it promised, on the graphs
+        before and after it: folding and rewriting give the same values from the same inputs in float64, grids fit their operations and share only
+        where codes are handed on, weights and biases are those of the float layers. Then the grids are compared with the best ones for this data,
+        and the fewest that explain the loss are found by bisection. Every fault comes with the metric after undoing it alone. Where nothing is wrong
+        and the codes are just too few, the least set of roundings that would have to go is named.
+
+        Args:
+            metric: ``sqnr``, ``agreement``, ``accuracy`` (needs data with labels), or a function ``(model, data) -> float``, greater is better.
+            data: like calibration data; all of it goes through the metric, the first samples through everything else. Default: the inputs that
+                the history kept.
+            tolerance: greatest drop below the float model that is still right; of ``sqnr`` the least dB. Default: as good as the scheme's codes can be.
+            limit: at most so many batches.
+
+        Raises:
+            FxqError: the graphs of the passes were let go.
+            InputError: unknown metric, or no labels for the accuracy.
+            CalibrationError: data that does not fit.
+        """
+        from fxq.bisect import bisect
+
+        given = [self.history.example] if data is None else data
+        return bisect(self.graph_module, self.history, self.scheme, self.target, metric, given, tolerance, limit)
+
+    def with_float(self, *selectors: Selector) -> CompiledModel:
+        """A copy in which the named nodes compute in float and what they give is not rounded, to see what they cost: ``m.with_float("layer3.*")``.
+
+        It runs; to lower a model with float layers compile it with ``skip=``, which also places the Q/DQ around them.
+
+        Args:
+            selectors: patterns (``fnmatch``) of module paths or node names, module types, numbers of weighted layers (-1 the last).
+
+        Raises:
+            InputError: for a selector that names nothing.
+        """
+        from fxq.grafts import with_float
+
+        gm = with_float(self.graph_module, selectors, self.history.floats())
+        return CompiledModel(gm, self.captured, History(list(self.history.snapshots), self.history.example), self.scheme, self.target)
+
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        data: Any = None,
+        *,
+        proof: Proof | EngineProof | None = None,
+        sensitivity: Sequence[tuple[str, str, float, float]] | None = None,
+        bisect: str | Sequence[str] | None = None,
+        title: str | None = None,
+        command: str | None = None,
+        force: bool = False,
+    ) -> Path:
+        """Write the HTML report: passes, graph, diffs, numbers, histograms, costs, proof in one file that is opened from disk, without network.
+
+        Args:
+            path: of the file, which is written whole or not at all.
+            data: calibration-like data for the histograms of activations, of which at most :data:`fxq.report.BATCHES` batches are read;
+                by default the example that ``compile`` kept.
+            proof: what :meth:`verify` gave.
+            sensitivity: rows ``(name, what, dB when it alone is quantized, dB when all but it are)``.
+            bisect: lines of a verdict on what broke the accuracy.
+            title: name of the model; by default that of its class.
+            command: the command line that made it.
+            force: replace a file that is there.
+
+        Returns:
+            The path.
+
+        Raises:
+            ArtifactError: when the file exists and ``force`` is false, or it cannot be written.
+            CalibrationError: data that does not fit.
+            FxqError: when a package of the extra ``report`` is not installed.
+        """
+        from fxq import report
+
+        parts = self.parts or {"": self}
+        runs: list[tuple[nn.Module, Any]] = []
+        if data is not None:
+            runs = [(self.root, list(Batches(data, self.root, limit=report.BATCHES, what="data for the report")))]
+        else:
+            runs = [(p.root, list(Batches([p.history.example], p.root))) for p in parts.values() if p.history.example is not None]
+        extra = "\n".join(p.prune_report.to_html() for p in (self, *self.parts.values()) if p.prune_report is not None)
+        made = report.render(
+            [report.Section(name, p.graph_module, p.history) for name, p in parts.items()], runs,
+            title=title or self._title(), scheme=self.scheme, target=self.target, proof=proof, command=command, sensitivity=sensitivity, bisect=bisect,
+            notes=(f"captured: {self.captured.rung}", *self.captured.specialised, *self.captured.notes),
+            extra=extra, made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        )  # fmt: skip
+        return Artifact("report", made).save(path, force=force)
+
+    def _title(self) -> str:
+        root = self.captured.root
+        return type(self.root).__name__ if type(root) is nn.Module else type(root).__name__
 
     def _engine(self, given: Any, raw: bytes, where: str) -> EngineArtifact:
         """The engine with its layer table: what ``lower`` gave, or the one of these bytes that it gave before."""

@@ -84,5 +84,5 @@ def prune(
     pruned = PrunedModel(captured.gm, captured, history, ctx.scheme, tgt)
     uncut = captured.gm.meta.pop("masked")
     apart(uncut, captured.gm)  # training of the cut model does not reach it
-    pruned.uncut, pruned.report = (uncut,), captured.gm.meta.pop("prune_report")
+    pruned.uncut, pruned.prune_report = (uncut,), captured.gm.meta.pop("prune_report")
     return pruned

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch.fx import GraphModule
 
 from fxq.compiled import CompiledModel
 from fxq.errors import FxqError
-
-if TYPE_CHECKING:
-    from fxq.prune_report import PruneReport
 
 
 class PrunedModel(CompiledModel):
@@ -19,10 +14,9 @@ class PrunedModel(CompiledModel):
     Fine-tune it in your loop, then pass it to :func:`fxq.compile`; or lower it as it is (``m.lower("onnx")``), with its batch norms as they stand.
 
     Attributes:
-        report: what was cut; None of a model read from a file.
+        prune_report: what was cut; None of a model read from a file.
     """
 
-    report: PruneReport | None = None
     uncut: tuple[GraphModule, ...] = ()  # in a tuple, so that its parameters are none of this model's
 
     def masked(self) -> GraphModule:

@@ -31,7 +31,7 @@ def small_input():
 
 
 def kept(p):
-    return {g.name: np.flatnonzero(g.kept).tolist() for g in p.report.groups}
+    return {g.name: np.flatnonzero(g.kept).tolist() for g in p.prune_report.groups}
 
 
 def pruned(model, x=None, **how):
@@ -131,7 +131,7 @@ def test_the_model_is_not_changed():
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_budgets_hold_and_are_used(what, scope):
     p = pruned(resnet20().eval(), X, scope=scope, by="l2", **{what: 0.5})
-    before, after = total(p.report.before), total(p.report.after)
+    before, after = total(p.prune_report.before), total(p.prune_report.after)
     share = getattr(after, what) / getattr(before, what)
     assert 0.44 < share <= 0.5
 
@@ -147,16 +147,16 @@ def test_bytes_are_those_of_the_scheme():
 @pytest.mark.parametrize("n", [1, 2, 4, 8])
 def test_widths_are_multiples(n):
     p = pruned(nin_gc().eval(), X, ratio=0.45, by="l2", multiple_of=n)
-    for g in p.report.groups:
+    for g in p.prune_report.groups:
         assert g.after % n == 0 and n <= g.after <= g.before
-    assert any(g.after < g.before for g in p.report.groups)
+    assert any(g.after < g.before for g in p.prune_report.groups)
 
 
 def test_the_default_multiple_is_the_targets():
     p = fxq.prune(nin_gc().eval(), fxq.Prune(ratio=0.45), example=X, progress=False)
-    assert all(g.after % 16 == 0 for g in p.report.groups)
+    assert all(g.after % 16 == 0 for g in p.prune_report.groups)
     q = fxq.prune(nin_gc().eval(), fxq.Prune(ratio=0.45), example=X, target="sm86", progress=False)
-    assert all(g.after % 32 == 0 for g in q.report.groups)
+    assert all(g.after % 32 == 0 for g in q.prune_report.groups)
 
 
 def test_heads_are_cut_whole():
@@ -170,7 +170,7 @@ def test_no_weight_of_the_whole_model_is_left_behind():
     case = CASES["language"]
     p = pruned(randomised(case.net()), case.input(), ratio=0.5, scope="layer")
     assert {tuple(v.shape) for n, v in p.named_parameters() if "attention" in n} == {(24, 8), (24,), (8, 8), (8,)}
-    assert sum(v.numel() for v in p.parameters()) == total(p.report.after).parameters
+    assert sum(v.numel() for v in p.parameters()) == total(p.prune_report.after).parameters
 
 
 def test_layers_stay_on_request():
@@ -182,16 +182,16 @@ def test_layers_stay_on_request():
                 pruned(model, ratio=0.5, keep=keep)
             continue
         assert p.graph_module.get_submodule("a").out_channels == 12
-        assert dict(p.report.left)["a"].startswith("is kept on request")
+        assert dict(p.prune_report.left)["a"].startswith("is kept on request")
 
 
 def test_ratios_of_their_own_and_floors_and_caps():
     p = pruned(net(), ratio=0.25, scope="layer", ratios={"a": 0.75})
-    assert {g.name: g.after for g in p.report.groups} == {"stem": 6, "a": 3}
+    assert {g.name: g.after for g in p.prune_report.groups} == {"stem": 6, "a": 3}
     p = pruned(net(), ratio=0.5, scope="layer", at_least={"a": 0.75}, at_most={"stem": 2})
-    assert {g.name: g.after for g in p.report.groups} == {"stem": 2, "a": 9}
+    assert {g.name: g.after for g in p.prune_report.groups} == {"stem": 2, "a": 9}
     p = pruned(net(), ratio=0.8, scope="layer", at_least=5)
-    assert {g.name: g.after for g in p.report.groups} == {"stem": 5, "a": 5}
+    assert {g.name: g.after for g in p.prune_report.groups} == {"stem": 5, "a": 5}
 
 
 # Constants of cut channels
@@ -218,7 +218,7 @@ def test_constants_go_into_the_next_bias():
     model = Constant().eval()
     p = pruned(model, ratio=0.5, by="bn-gamma")
     assert p.graph_module.get_submodule("b").bias.item() == pytest.approx(1.6)
-    assert p.report.absorbed == 1
+    assert p.prune_report.absorbed == 1
     assert distance(model(small_input()), p(small_input())) < 1e-6  # gamma is 0: nothing was lost at all
 
 
@@ -232,7 +232,7 @@ def test_padding_drops_the_constant_and_absorb_can_be_off():
     padded = pruned(Constant(padding=1).eval(), ratio=0.5, by="bn-gamma")
     off = pruned(Constant().eval(), ratio=0.5, by="bn-gamma", absorb=False)
     for p in (padded, off):
-        assert p.graph_module.get_submodule("b").bias.item() == 1.0 and p.report.absorbed == 0
+        assert p.graph_module.get_submodule("b").bias.item() == 1.0 and p.prune_report.absorbed == 0
         assert distance(p.masked()(small_input()), p(small_input())) < 1e-6
 
 
@@ -320,7 +320,7 @@ def test_the_report_is_whole(tmp_path):
     assert json.loads(json.dumps(data)) == data
     assert "<svg" in m.prune_report.to_html() and "█" in m.prune_report.plot()
     p = pruned(net(), ratio=0.5)
-    assert total(p.report.after).parameters == sum(v.numel() for v in p.parameters())
+    assert total(p.prune_report.after).parameters == sum(v.numel() for v in p.parameters())
 
 
 def test_sensitivity_of_each_group_alone():

@@ -70,7 +70,7 @@ def test_gammas_need_batch_norms():
     with pytest.raises(PassError, match="no batch norm.*by='l2'"):
         pruned(case.net(), case.input(), ratio=0.5, by="bn-gamma")
     p = pruned(net(), ratio=0.5, by="bn-gamma")
-    assert "by='l2' does" in dict(p.report.left)["a"]
+    assert "by='l2' does" in dict(p.prune_report.left)["a"]
 
 
 def test_weights_that_are_not_finite_are_named():

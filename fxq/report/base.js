@@ -34,7 +34,7 @@ function short(value) {
   return String(value);
 }
 const byteText = (n) => (n >= 1e3 ? short(n) + 'B' : n + ' B');
-const percent = (part, whole) => { const p = whole ? (100 * part) / whole : 0; return p === 0 ? '0 %' : p < 0.01 ? '< 0.01 %' : (p < 10 ? p.toFixed(2) : p.toFixed(1)) + ' %'; };
+const percent = (part, whole) => { const p = whole ? (100 * part) / whole : 0; return p === 0 || p === 100 ? p + ' %' : p < 0.01 ? '< 0.01 %' : (p < 10 ? p.toFixed(2) : p.toFixed(1)) + ' %'; };
 function num(value, digits = 4) {
   if (value === null || value === undefined) return '';
   if (typeof value === 'string') return value === 'inf' ? '∞' : value === '-inf' ? '−∞' : value;

@@ -32,8 +32,10 @@ def clipping_chart(grids: Sequence[Mapping[str, Any]]) -> str:
     """Two rows of bars, a place a grid in the order of the graph: the share of the values that it cuts off, and the SQNR of rounding onto it."""
     figure = _figure(3.4)
     shares = [100 * (g["below"] + g["above"]) / max(1, g["n"]) for g in grids]
-    decibels = [float(g["sqnr"]) if g["sqnr"] != "inf" else 0.0 for g in grids]
-    for i, (values, label, colour) in enumerate(((shares, "clipped, %", CUT), (decibels, "SQNR, dB", INT))):
+    top = max([float(g["sqnr"]) for g in grids if g["sqnr"] != "inf"], default=1.0)
+    decibels = [top if g["sqnr"] == "inf" else float(g["sqnr"]) for g in grids]
+    colours = [FAINT if g["sqnr"] == "inf" else INT for g in grids]
+    for i, (values, label, colour) in enumerate(((shares, "clipped, %", CUT), (decibels, "SQNR of rounding, dB (grey: exact)", colours))):
         axes = figure.add_subplot(2, 1, i + 1)
         axes.bar(range(len(values)), values, color=colour, width=0.8, linewidth=0)
         _tidy(axes, label, len(values))

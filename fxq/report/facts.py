@@ -11,14 +11,12 @@ from typing import Any
 from torch.fx import GraphModule
 
 from fxq.costs import layer_costs
-from fxq.graph import attr, module_of
+from fxq.graph import module_of
 from fxq.modules import Quantized
 
 PACKAGES = ("fxq", "torch", "torchvision", "onnx", "onnxruntime", "tensorrt-rtx", "numpy")
 """Whose versions the page states, where they are installed."""
 FLOAT_BITS = 32
-QUIET = ("input", "output", "attr", "getitem", "fake_quantize")
-"""Kinds that are no operations of their own."""
 
 
 def versions() -> dict[str, str]:
@@ -63,8 +61,9 @@ def _bytes(parameters: int, module: Any) -> int:
     if not isinstance(module, Quantized) or not parameters:
         return parameters * FLOAT_BITS // 8
     weight: Any = module.op.weight
-    rest = max(0, parameters - weight.numel())
-    return math.ceil(weight.numel() * module.weight_grid.spec.bits / 8) + 4 * (rest + module.weight_grid.qparams.scale.numel())
+    size = int(weight.numel())
+    rest = max(0, parameters - size)
+    return math.ceil(size * module.weight_grid.spec.bits / 8) + 4 * (rest + module.weight_grid.qparams.scale.numel())
 
 
 def _runs(meta: Mapping[str, Any]) -> str:
@@ -74,8 +73,3 @@ def _runs(meta: Mapping[str, Any]) -> str:
 def float_bytes(gm: GraphModule) -> int:
     """Bytes of all weights and parameters in float32."""
     return sum(c.parameters for c in layer_costs(gm)) * FLOAT_BITS // 8
-
-
-def constants(gm: GraphModule) -> int:
-    """Numbers that the graph reads itself (``get_attr``)."""
-    return sum(attr(gm, n).numel() for n in gm.graph.nodes if n.op == "get_attr" and hasattr(attr(gm, n), "numel"))

@@ -48,7 +48,8 @@ function choosePass(i) {
 }
 
 function passesTab() {
-  return [strip(), h('div', { id: 'stage' })];
+  fill($('over'), strip());
+  return h('div', { id: 'stage' });
 }
 
 function stage() {
@@ -168,6 +169,7 @@ function chooseTab(id) {
   S.tab = id;
   $('tabs').mark(id);
   const [, , make] = tabs().find((t) => t[0] === id);
+  fill($('over'));
   fill($('main'), make());
   if (id === 'passes') { stage(); $('strip').scrollLeft = Math.max(0, $('strip').querySelector('[aria-selected="true"]').offsetLeft - 60); }
 }
@@ -237,9 +239,11 @@ function begin() {
     h('header', {}, h('div', { class: 'title' }, h('h1', {}, D.title), parts), searchBox(), theme()),
     h('div', { id: 'summary' }, summary()),
     Object.assign(chooser('Parts of the report', 'tablist', all.map(([id, label]) => [id, label, { 'aria-controls': 'main' }]), S.tab, chooseTab, { class: 'tabs', id: 'tabs' })),
+    h('div', { id: 'over' }),
     h('div', { class: 'columns' }, h('main', { id: 'main', role: 'tabpanel', 'aria-label': 'Report' }), h('aside', { id: 'panel', 'aria-label': 'Chosen node', tabindex: -1 })),
     h('div', { id: 'live', class: 'hidden', 'aria-live': 'polite' }));
   onSelect((name, options) => {
+    if (name && options.show && S.tab === 'passes' && !nodes(S.pass).has(name) && !nodes(S.pass - 1).has(name)) choosePass(section().states.findIndex((_, i) => nodes(i).has(name)));
     if (options.show && !options.stay && S.tab === 'passes' && S.view !== 'graph') { S.view = 'graph'; stage(); }
     panel();
     if (G.svg && G.svg.isConnected) { highlight(); const item = name && options.centre && reveal(name); if (item) centre(item); }

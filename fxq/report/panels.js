@@ -73,31 +73,31 @@ function drawHistogram(t, title) {
   let lo = t.lo, hi = t.hi === t.lo ? t.lo + step : t.hi;
   if (known) { const span = hi - lo, most2 = Math.max(span * 1.6, 1e-12); lo = Math.max(Math.min(lo, g.lo), hi - most2 - span); hi = Math.min(Math.max(hi, g.hi), lo + 2 * most2 + span); }
   const pad = (hi - lo) * 0.02, a = lo - pad, b = hi + pad, X = (v) => left + ((v - a) / (b - a)) * (w - left - right), floor = high - bottom, Y = (n) => (n ? Math.max(2, (Math.log1p(n) / Math.log1p(most)) * (floor - top)) : 0);
-  const parts = [];
+  const parts = [], grid = [];
   if (known) {
     const x0 = Math.max(left, X(g.lo)), x1 = Math.min(w - right, X(g.hi));
     parts.push(h('rect', { class: 'range', x: x0, y: top - 4, width: Math.max(1, x1 - x0), height: floor - top + 4 }));
-    parts.push(...ticks(g, X, floor, x0, x1), h('line', { class: 'end', x1: x0, x2: x0, y1: top - 4, y2: floor }), h('line', { class: 'end', x1, x2: x1, y1: top - 4, y2: floor }));
+    grid.push(...ticks(g, X, floor, x0, x1), h('line', { class: 'end', x1: x0, x2: x0, y1: top - 4, y2: floor }), h('line', { class: 'end', x1, x2: x1, y1: top - 4, y2: floor }));
   }
   const width = Math.max(0.8, X(t.lo + step) - X(t.lo) - 0.4);
-  let inside = '', outside = '';
+  let inside = '', outside = '', gone = '';
   bars.forEach((n, i) => {
     if (!n) return;
     const v = t.lo + i * step, y = Y(n), rect = `M${X(v).toFixed(1)} ${floor}v${(-y).toFixed(1)}h${width.toFixed(1)}v${y.toFixed(1)}z`;
-    if (known && (v + step < g.lo - g.step / 2 || v > g.hi + g.step / 2)) outside += rect; else inside += rect;
+    const out = known && (v + step < g.lo - g.step / 2 || v > g.hi + g.step / 2);
+    if (out && t.clamp && (v + step <= t.clamp[0] || (t.clamp[1] !== null && v >= t.clamp[1]))) gone += rect; else if (out) outside += rect; else inside += rect;
   });
-  parts.push(h('path', { class: 'bars', d: inside }), outside && h('path', { class: 'bars out', d: outside }), h('line', { class: 'axis', x1: left, x2: w - right, y1: floor, y2: floor }));
-  for (const [v, anchor] of [[a + pad, 'start'], [b - pad, 'end']]) parts.push(h('text', { x: anchor === 'start' ? left : w - right, y: high - 4, 'text-anchor': anchor }, num(v, 3)));
-  if (a < 0 && b > 0 && X(0) > 60 && X(0) < w - 60) parts.push(h('line', { class: 'zero', x1: X(0), x2: X(0), y1: floor, y2: floor + 4 }), h('text', { x: X(0), y: high - 4, 'text-anchor': 'middle' }, '0'));
+  parts.push(h('path', { class: 'bars', d: inside }), outside && h('path', { class: 'bars out', d: outside }), gone && h('path', { class: 'bars gone', d: gone }), ...grid, h('line', { class: 'axis', x1: left, x2: w - right, y1: floor, y2: floor }));
+  for (const [v, anchor] of [[a + pad, 'start'], [b - pad, 'end']]) parts.push(h('text', { x: anchor === 'start' ? left : w - right, y: high - 3, 'text-anchor': anchor }, num(v, 3)));
+  if (a < 0 && b > 0 && X(0) > 60 && X(0) < w - 60) parts.push(h('line', { class: 'zero', x1: X(0), x2: X(0), y1: floor, y2: floor + 4 }), h('text', { x: X(0), y: high - 3, 'text-anchor': 'middle' }, '0'));
   return h('svg', { class: 'histogram', viewBox: `0 0 ${w} ${high}`, role: 'img', 'aria-label': `${title}: ${t.n} numbers from ${num(t.lo)} to ${num(t.hi)}, heights are logarithmic` }, parts);
 }
 
-/* Every code of a grid, or every second, fourth, ... one, so that ticks stay apart */
+/* Lines at the codes of a grid, or at every second, fourth, ... one, so that they stay apart; below the axis closer ticks */
 function ticks(g, X, floor, x0, x1) {
   if (g.kind !== 'affine') return [];
-  let every = 1;
-  while (X(g.lo + every * g.step) - X(g.lo) < 4) every *= 2;
-  let path = '';
-  for (let i = 0; i < g.codes; i += every) { const x = X(g.lo + i * g.step); if (x >= x0 - 0.5 && x <= x1 + 0.5) path += `M${x.toFixed(1)} ${floor}v${every === 1 ? -(floor - 8) : -6}`; }
-  return [h('path', { class: every === 1 ? 'codes each' : 'codes', d: path }, h('title', {}, every === 1 ? 'every code' : `every ${every}th code`))];
+  const every = (apart) => { let n = 1; while (X(g.lo + n * g.step) - X(g.lo) < apart) n *= 2; return n; };
+  const comb = (n, length) => { let path = ''; for (let i = 0; i < g.codes; i += n) { const x = X(g.lo + i * g.step); if (x >= x0 - 0.5 && x <= x1 + 0.5) path += `M${x.toFixed(1)} ${floor}v${length}`; } return path; };
+  const wide = every(9), close = every(2.5), text = (n) => (n === 1 ? 'a line at every code' : `a line at every ${n}th code`);
+  return [h('path', { class: 'codes lines', d: comb(wide, -(floor - 4)) }, h('title', {}, text(wide))), h('path', { class: 'codes', d: comb(close, 4) })];
 }

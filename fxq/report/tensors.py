@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +82,7 @@ class _Watched:
         made: dict[str, Any] = {"lo": self.lo, "hi": self.hi, "bins": self.count.to(torch.int64).tolist(), "n": self.numbers}
         if self.quantizer is not None:
             made["grid"] = _grid(self.quantizer.rounding)
+            made["clamp"] = None if self.clamp is None else list(self.clamp)
             made |= {"below": self.below, "above": self.above, "absorbed": self.absorbed, "sqnr": sqnr(self.power, self.noise)}
         return made
 
@@ -91,24 +93,24 @@ def activations(root: nn.Module, graphs: Iterable[tuple[str, GraphModule]], batc
     A value with a grid is seen before it is rounded, in the simulator: behind what was rounded before it.
 
     Args:
-        root: what runs, in eval mode; it holds the graphs' modules.
+        root: what runs, in eval mode (its mode is restored); it holds the graphs' modules.
         graphs: ``(name, converted graph)``.
         batches: positional inputs; read once.
 
     Returns:
         ``(graph name, node name)`` -> extremes, counts, the grid, the shares below and above it, and the SQNR of rounding in dB.
     """
-    kept = list(batches)
+    kept, training = list(batches), [m for m in root.modules() if m.training]
     watched = {(name, w.node): (module, w) for name, gm in graphs for module, w in _places(gm)}
-    for step in ("extremes", "add"):
-        handles = [_watch(module, w, step) for module, w in watched.values()]
-        try:
-            with torch.inference_mode():
+    root.eval()
+    try:
+        for step in ("extremes", "add"):
+            with _watching(watched.values(), step), torch.inference_mode():
                 for batch in kept:
                     root(*batch)
-        finally:
-            for h in handles:
-                h.remove()
+    finally:
+        for m in training:
+            m.training = True
     return {key: w.to_json() for key, (_, w) in watched.items() if w.count is not None}
 
 
@@ -123,6 +125,16 @@ def _places(gm: GraphModule) -> Iterable[tuple[nn.Module, _Watched]]:
             yield module, _Watched(node.name, module, None if grid is None else grid.clamp)
         elif not any(kind(gm, u) == "fake_quantize" for u in node.users):
             yield module, _Watched(node.name, None)
+
+
+@contextmanager
+def _watching(places: Iterable[tuple[nn.Module, _Watched]], step: str) -> Iterator[None]:
+    handles = [_watch(module, w, step) for module, w in places]
+    try:
+        yield
+    finally:
+        for h in handles:
+            h.remove()
 
 
 def _watch(module: nn.Module, w: _Watched, step: str) -> RemovableHandle:
@@ -179,7 +191,7 @@ def _weight_json(w: Tensor, qp: QParams | None) -> dict[str, Any]:
         if spec.kind == "affine":
             x = w / numerics.spread(qp.scale, spec, w.shape) + numerics.spread(qp.zero_point, spec, w.shape)
             made |= {"below": int((x < spec.qmin - 0.5).sum()), "above": int((x > spec.qmax + 0.5).sum()), "absorbed": 0, "steps": True}
-            made["grid"] |= {"lo": spec.qmin, "hi": spec.qmax, "step": 1, "zero": float(qp.zero_point.reshape(-1)[0])}
+            made["grid"] |= {"lo": spec.qmin, "hi": spec.qmax, "step": 1}
     lo, hi = float(x.min()), float(x.max())
     return made | {"lo": lo, "hi": hi, "bins": _counts(x, lo, hi).to(torch.int64).tolist()}
 
@@ -200,8 +212,7 @@ def _grid(qp: QParams) -> dict[str, Any]:
     lo, hi = qp.range
     scales = qp.scale.reshape(-1)
     return {
-        "text": str(qp), "kind": qp.spec.kind, "lo": lo, "hi": hi, "step": float(scales.max()), "zero": 0.0, "scales": [float(scales.min()), float(scales.max())],
-        "of": scales.numel(), "codes": qp.spec.qmax - qp.spec.qmin + 1, "axis": qp.spec.axis,
+        "text": str(qp), "kind": qp.spec.kind, "lo": lo, "hi": hi, "step": float(scales.max()), "codes": qp.spec.qmax - qp.spec.qmin + 1,
     }  # fmt: skip
 
 
