@@ -161,7 +161,8 @@ NEEDS = (
     Need("openvino", "runs files in OpenVINO", "openvino"),
     Need("numba", "compiled bitwise kernels", "fxq[bitwise]"),
     Need("timm", "models timm:NAME", "timm"),
-    Need("matplotlib", "histograms in reports", "matplotlib"),
+    Need("matplotlib", "charts in reports", "fxq[report]", "", "3.11.2"),
+    Need("fast-sugiyama", "the layout of graphs in reports", "fxq[report]", "0.5", "0.5.3"),
 )
 """What is looked for, in the order that it is shown."""
 
