@@ -26,14 +26,14 @@ from fxq.trace import Captured
 
 if TYPE_CHECKING:
     from fxq.engine_proof import EngineProof
-    from fxq.metrics import Score
-    from fxq.selectors import Selector
-    from fxq.verdicts import Verdict
     from fxq.lint import LintReport
     from fxq.lint_trt_report import TrtReport
+    from fxq.metrics import Score
     from fxq.proof import Proof
     from fxq.prune_report import PruneReport
+    from fxq.selectors import Selector
     from fxq.tensorrt import EngineArtifact
+    from fxq.verdicts import Verdict
 
 ENGINE_MAGIC = (b"vtrt", b"ftrt")
 """First bytes of an engine of TensorRT-RTX, of full TensorRT."""
@@ -277,7 +277,7 @@ class CompiledModel(nn.Module):
     def with_float(self, *selectors: Selector) -> CompiledModel:
         """A copy in which the named nodes compute in float and what they give is not rounded, to see what they cost: ``m.with_float("layer3.*")``.
 
-        It runs; to lower a model with float layers compile it with ``skip=``, which also places the Q/DQ around them.
+        It runs, lowers and can be proven; a model to ship had better be compiled with ``skip=``, which also places the Q/DQ around what is float.
 
         Args:
             selectors: patterns (``fnmatch``) of module paths or node names, module types, numbers of weighted layers (-1 the last).

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxq import tables_html
@@ -209,6 +210,12 @@ class History:
             return ""
         head = f"{'node':<44} {'SQNR':>8} {'cosine':>9} {'steps':>7} {'to float':>9}"
         return "\n".join([head, "-" * len(head), *(f"{n:<44} {m}" for m, n in found)])
+
+    def floats(self) -> dict[str, nn.Module]:
+        """Module path -> float layer as it was before ``convert``; empty when the graphs were not kept."""
+        names = [s.name for s in self.snapshots]
+        state = self.snapshots[names.index("convert") - 1].state if "convert" in names[1:] else None
+        return {} if state is None else {k: v for k, v in state.parts.items() if isinstance(v, nn.Module)}
 
     def release(self) -> None:
         """Let the graphs of all passes go: the float weights that only they hold leave memory. Texts and numbers stay."""

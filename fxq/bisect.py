@@ -1,0 +1,273 @@
+"""Which pass, which node, and why: the debugger behind ``m.bisect``."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from fxq import audit_grids, audit_ranges
+from fxq.audit import ON_PURPOSE, Finding, exact_findings
+from fxq.audit_bias import bias_findings
+from fxq.calibration import Batches
+from fxq.errors import FxqError
+from fxq.metrics import Metric, Score
+from fxq.moves import sqnr
+from fxq.schemes import Scheme
+from fxq.snapshot import History, Snapshot, flat
+from fxq.states import State
+from fxq.targets import Target
+from fxq.toggles import IDEAL, OFF, ON, Toggles
+from fxq.values import watch
+from fxq.verdicts import Cause, Verdict
+
+MARGIN = {"sqnr": 1.0, "agreement": 0.02, "accuracy": 0.01}
+"""A compiled model is as good as its codes allow when it is no worse than with the best grids by more than this."""
+PROBE = 32
+"""Samples on which grids are looked at; the metric sees all data."""
+EXACT_SAMPLES = 2
+"""Samples on which passes that must not move numbers are compared in float64."""
+REASONS = {"fold-bn": "wrong fold"}
+
+
+@dataclass
+class _Case:
+    """What one bisection works on."""
+
+    history: History
+    gm: GraphModule
+    scheme: Scheme
+    target: Target
+    metric: Metric
+    batches: list[tuple[Any, ...]]
+    toggles: Toggles
+    runs: int = 0
+
+    def state(self, name: str) -> State | None:
+        """State after the first pass of that name."""
+        return next((s.state for s in self.history if s.name == name), None)
+
+    def graph(self, name: str) -> GraphModule | None:
+        state = self.state(name)
+        return None if state is None else state.build()
+
+    @property
+    def probe(self) -> list[tuple[Any, ...]]:
+        """The first batches, at most :data:`PROBE` samples."""
+        taken: list[tuple[Any, ...]] = []
+        room = PROBE
+        for batch in self.batches:
+            n = _samples(batch)
+            if room <= 0:
+                break
+            taken.append(batch if n <= room else _cut(batch, n, room))
+            room -= n
+        return taken
+
+
+def bisect(
+    gm: GraphModule, history: History, scheme: Scheme, target: Target, metric: str | Score, data: Any, tolerance: float | None, limit: int | None
+) -> Verdict:
+    """See :meth:`fxq.compiled.CompiledModel.bisect`."""
+    start = time.perf_counter()
+    first = history.snapshots[0] if len(history) else None
+    if first is None or first.state is None:
+        way_out = "Compile the model again with states=True, the default, and do not release them"
+        raise FxqError("the graphs of the passes were not kept", where="bisect", way_out=way_out)
+    loader = Batches(data, gm, limit=limit, what="data to bisect with", labels=True)
+    pairs = [(b[: loader.count], b[loader.count] if len(b) > loader.count else None) for b in loader]
+    batches = [b for b, _ in pairs]
+    floating = first.state.build()
+    stray = _not_deterministic(floating, gm, batches[0])
+    measure = Metric(metric, batches, [y for _, y in pairs], data, floating)
+    case = _Case(history, gm, scheme, target, measure, batches, Toggles(gm, history.floats()), 4)
+    if stray is not None:
+        causes = (Cause(stray, None),)
+        return Verdict(False, "not deterministic", measure, {"float": measure.floor}, causes, (), measure.runs, case.runs, time.perf_counter() - start)
+    verdict = _judge(case, tolerance)
+    return replace(verdict, seconds=time.perf_counter() - start)
+
+
+def _judge(case: _Case, tolerance: float | None) -> Verdict:
+    """Findings, their effects, and the word on the whole."""
+    metric, t = case.metric, case.toggles
+    scores = {"float": metric.floor, "compiled": metric(case.gm)}
+    findings = audit(case)
+    ranges = audit_ranges.look(t, case.probe)
+    case.runs += ranges.runs
+    t.set(IDEAL)
+    scores["best grids"] = metric(t.gm)
+    t.set(ON)
+    known = {name for f in findings for name in f.switches}
+    suspects = [f for f in audit_ranges.range_findings(t, ranges) if not known & set(f.switches)]
+    goal = scores["best grids"] - MARGIN.get(metric.name, abs(scores["best grids"]) * 0.02)
+    bad = scores["compiled"] < goal if tolerance is None else metric.drop(scores["compiled"]) > (-tolerance if metric.metric == "sqnr" else tolerance)
+    causes = [Cause(f, None) for f in findings]
+    if bad and suspects:
+        causes += [Cause(f, None) for f in _confirmed(case, findings, suspects, goal)]
+    causes = [replace(c, effect=_effect(case, c.finding, scores["compiled"])) for c in causes[:8]] + causes[8:]
+    short = bad and tolerance is not None and metric.drop(scores["best grids"]) > (-tolerance if metric.metric == "sqnr" else tolerance)
+    limits = _limits(case, ranges, tolerance) if short and tolerance is not None else ()
+    word = "faults found" if causes else "the codes are too few" if limits else "worse than its grids allow" if bad else "nothing wrong"
+    return Verdict(not causes and not bad, word, metric, scores, tuple(causes), limits, metric.runs, case.runs, 0.0)
+
+
+def audit(case: _Case) -> list[Finding]:
+    """What passes broke of what they promise, in their order; a fault that follows from an earlier one is left out."""
+    found: list[Finding] = []
+    few = _cut(case.batches[0], _samples(case.batches[0]), EXACT_SAMPLES)
+    before: Snapshot | None = None
+    for s in case.history:
+        if before is not None and before.state is not None and s.state is not None and s.state is not before.state and s.name not in ON_PURPOSE:
+            found += _of_pass(case, before.state, s, few)
+        before = s
+        if s.name == "convert":
+            break
+    converted, final = case.graph("convert"), case.history.snapshots[-1]
+    if converted is not None and final.name in ("correct-bias", "round-weights") and final.state is not None:
+        found += bias_findings(converted, case.gm, Toggles(converted, case.history.floats()), final.name, case.probe)
+        case.runs += 3 * len(case.probe)
+    return _distinct(case, found)
+
+
+def _of_pass(case: _Case, before: State, s: Snapshot, few: tuple[Any, ...]) -> list[Finding]:
+    assert s.state is not None
+    after = s.state.build()
+    if s.name == "annotate":
+        return list(audit_grids.annotate_findings(after, case.scheme))
+    if s.name == "share-qparams":
+        return list(audit_grids.share_findings(before.build(), after, case.target))
+    if s.name == "calibrate":
+        return list(audit_grids.calibrate_findings(after))
+    if s.name == "convert":
+        found = list(audit_grids.convert_findings(before.build(), after, case.scheme, case.target))
+        off = Toggles(after)
+        off.set(OFF)
+        case.runs += 2
+        return found + exact_findings(before, off.gm, s.name, few, "wrong wiring")
+    if str(s.state.graph) == str(before.graph) and all(s.state.parts.get(k) is v for k, v in before.parts.items()):
+        return []
+    case.runs += 3
+    return exact_findings(before, after, s.name, few, REASONS.get(s.name, "wrong form"))
+
+
+def _distinct(case: _Case, found: list[Finding]) -> list[Finding]:
+    """Each fault once, with the switches of the compiled graph that undo it."""
+    kept: list[Finding] = []
+    taken: set[str] = set()
+    for f in found:
+        if f.node in taken or f.path in taken:
+            continue
+        state = case.state(f.step)
+        grid = next((n.meta.get("grid") for n in state.graph.nodes if n.name == f.node), None) if state is not None else None
+        switches = f.switches or (tuple(case.toggles.grids.get(str(grid), ())) if f.step in ("annotate", "share-qparams", "calibrate") else ())
+        if f.step in ("annotate", "convert") and f.node in case.toggles.layers and not f.switches:
+            switches = (f.node,)
+        switches = tuple(n for n in switches if n in case.toggles.layers or n in case.toggles.values)
+        kept.append(replace(f, switches=switches))
+        taken |= {f.node, f.path, *switches}
+    return kept
+
+
+def _effect(case: _Case, f: Finding, now: float) -> tuple[float, float] | None:
+    """The metric with the fault, and with only this one undone; ``None`` where no switch undoes it."""
+    t = case.toggles
+    if f.switches:
+        t.set(ON)
+        t.set(IDEAL, f.switches)
+        undone = case.metric(t.gm)
+        t.set(ON)
+        return now, undone
+    names = [s.name for s in case.history]
+    if f.step not in names or names.index(f.step) == 0 or f.step == "convert":
+        return None
+    i = names.index(f.step)
+    after, before = case.graph(names[i]), case.graph(names[i - 1])
+    return None if after is None or before is None else (case.metric(after), case.metric(before))
+
+
+def _confirmed(case: _Case, certain: Sequence[Finding], suspects: Sequence[Finding], goal: float) -> list[Finding]:
+    """The fewest of the worst suspects whose best grids bring the metric to ``goal``: bisection over their ranking, then without those that are not needed."""
+    t = case.toggles
+    base = [n for f in certain for n in f.switches]
+
+    def good(chosen: Sequence[Finding]) -> bool:
+        t.set(ON)
+        t.set(IDEAL, [*base, *(n for f in chosen for n in f.switches)])
+        score = case.metric(t.gm)
+        t.set(ON)
+        return score >= goal
+
+    k = _first(len(suspects), lambda n: good(suspects[:n]))
+    chosen = list(suspects[:k])
+    for f in list(chosen[:-1] if len(chosen) <= 6 else ()):
+        rest = [c for c in chosen if c is not f]
+        if good(rest):
+            chosen = rest
+    return chosen
+
+
+def _first(n: int, good: Callable[[int], bool]) -> int:
+    """Least ``k`` in ``0..n`` with ``good(k)``; ``n`` when there is none before."""
+    lo, hi = 0, n
+    while lo < hi:
+        mid = (lo + hi) // 2
+        lo, hi = (lo, mid) if good(mid) else (mid + 1, hi)
+    return lo
+
+
+def _limits(case: _Case, ranges: audit_ranges.Ranges, tolerance: float) -> tuple[Finding, ...]:
+    """The least set of roundings, the noisiest first, without which the metric is within the tolerance: where 8 bits, or fewer, are not enough."""
+    t, metric = case.toggles, case.metric
+    layers = t.measure(case.probe)
+    case.runs += len(case.probe)
+    rank = [(db, name, "weights") for name, db in layers.items()] + [(s.sqnr, name, "activations") for name, s in ranges.seen.items()]
+    rank.sort()
+    allowed = -tolerance if metric.metric == "sqnr" else tolerance
+
+    def good(k: int) -> bool:
+        t.without([name for _, name, _ in rank[:k]])
+        return metric.drop(metric(t.gm)) <= allowed
+
+    k = _first(len(rank), good)
+    t.set(ON)
+    last = case.history.snapshots[-1].name
+    return tuple(Finding(last, name, t.paths[name], f"{what} too coarse", f"{db:.1f} dB by itself", False, (name,), -db) for db, name, what in rank[:k])
+
+
+def _not_deterministic(floating: GraphModule, gm: GraphModule, batch: tuple[Any, ...]) -> Finding | None:
+    """The first node that gives two values for one input, in the float or the compiled graph."""
+    for what, model in (("float model", floating), ("compiled model", gm)):
+        with torch.inference_mode():
+            a, b = flat(model(*batch)), flat(model(*batch))
+        if all(sqnr(x, y) == math.inf for x, y in zip(a, b, strict=True)):
+            continue
+        seen: dict[str, Any] = {}
+        watch(model, batch, lambda n, v, seen=seen: seen.update({n.name: v}))  # type: ignore[misc]
+        strays: list[Node] = []
+        watch(model, batch, lambda n, v, seen=seen, strays=strays: strays.append(n) if _differ(seen[n.name], v) else None)  # type: ignore[misc]
+        node = strays[0] if strays else next(n for n in model.graph.nodes if n.op == "output")
+        path = str(node.target) if node.op == "call_module" else node.name
+        return Finding("trace" if what == "float model" else "convert", node.name, path, "not deterministic", f"two runs of the {what} on one input differ")
+    return None
+
+
+def _differ(a: Any, b: Any) -> bool:
+    return any(sqnr(x, y) != math.inf for x, y in zip(flat(a), flat(b), strict=True))
+
+
+def _samples(batch: tuple[Any, ...]) -> int:
+    return next((len(x) for x in batch if isinstance(x, Tensor) and x.ndim), 1)
+
+
+def _cut(batch: tuple[Any, ...], n: int, wanted: int) -> tuple[Any, ...]:
+    """The first samples of a batch, where every tensor input has the batch's size."""
+    if wanted >= n or not all(isinstance(x, Tensor) and x.ndim and len(x) == n for x in batch):
+        return batch
+    return tuple(x[:wanted] for x in batch)
