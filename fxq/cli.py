@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -52,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--save-model", metavar="FILE", help="save the compiled model itself, for fxq.load")
     p.add_argument("--force", action="store_true", help="replace an existing file")
     p.add_argument("--verify", action="store_true", help="run the file in ONNX Runtime and compare it with the integer reference")
+    p.add_argument("--report", metavar="FILE", help="history, graph, histograms, costs and verification as one HTML page")
     p.add_argument("--report-json", metavar="FILE", help="history, bytes and verification as JSON")
     p.add_argument("--print-after", action="append", default=[], metavar="PASS", help="print the graph after this pass")
     p.add_argument("--print-diff", action="append", default=[], metavar="PASS", help="print what this pass changed")
@@ -65,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     try:
-        return run(parser().parse_args(argv))
+        return run(parser().parse_args(argv), shlex.join(["fxq-lower", *(sys.argv[1:] if argv is None else argv)]))
     except (FxqError, OSError) as e:
         if os.environ.get("FXQ_DEBUG", "") not in ("", "0"):
             raise
@@ -76,8 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def run(a: argparse.Namespace) -> int:
-    """Do what the options say."""
+def run(a: argparse.Namespace, command: str = "") -> int:
+    """Do what the options say; ``command`` is the command line, for the report."""
     if a.list:
         print("\n".join(listing(a.list)))
         return 0
@@ -100,7 +102,7 @@ def run(a: argparse.Namespace) -> int:
     with nullcontext(False) if a.quiet else ProgressBar(lines=True) as progress:
         m = api.compile(
             model, a.scheme, calibration=data, example=example, target=target, skip=tuple(a.skip), observer=a.observer,
-            batches=a.calibration_batches, progress=progress, prune=how,
+            batches=a.calibration_batches, progress=progress, prune=how, numbers=bool(a.report),
         )  # fmt: skip
         artifact = m.lower(a.to, **cli_engine.lowering_options(a, m, progress or no_progress))
     _show(a, m, artifact)
@@ -108,7 +110,7 @@ def run(a: argparse.Namespace) -> int:
     if m.prune_report is not None:
         report["pruning"] = m.prune_report.to_json()
     report["float_ops"] = [str(op) for op in m.float_ops]
-    code = 0
+    code, proof = 0, None
     if a.verify:
         proof = m.verify(artifact.data, data if data is not None else [example], limit=4)
         report["verify"] = proof.to_json()
@@ -123,6 +125,9 @@ def run(a: argparse.Namespace) -> int:
         _say(a, f"{save(m, a.save_model, force=a.force)}: the model, for fxq.load")
     if a.calibration_cache:
         _say(a, cli_engine.save_cache(a, m))
+    if a.report:
+        page = m.report(a.report, data, proof=proof, title=a.source, command=command, force=a.force)
+        _say(a, f"{page}: {page.stat().st_size:,} bytes, to be opened in a browser")
     if a.report_json:
         from fxq.lowering import Artifact as File
 
@@ -132,7 +137,7 @@ def run(a: argparse.Namespace) -> int:
 
 def _check_output(a: argparse.Namespace) -> Path | None:
     """Refuse an output that cannot be written before the work starts."""
-    for name in filter(None, (a.output, a.report_json, a.save_model, a.calibration_cache)):
+    for name in filter(None, (a.output, a.report, a.report_json, a.save_model, a.calibration_cache)):
         path = Path(name)
         if path.is_dir():
             raise ArtifactError("it is a folder", where=name, way_out="Give the name of a file")
@@ -141,7 +146,8 @@ def _check_output(a: argparse.Namespace) -> Path | None:
         if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
             raise ArtifactError("its folder does not exist or is not writable", where=name, way_out="Make the folder first")
     seen: dict[str, str] = {}
-    for what, name in (("model", a.output), ("report", a.report_json), ("saved model", a.save_model), ("calibration cache", a.calibration_cache)):
+    page = ("page", a.report)
+    for what, name in (("model", a.output), page, ("report", a.report_json), ("saved model", a.save_model), ("calibration cache", a.calibration_cache)):
         if name and seen.setdefault(os.path.realpath(name), what) != what:
             raise ArtifactError(f"the {seen[os.path.realpath(name)]} and the {what} would be the same file", where=name, way_out="Give each its own name")
     return Path(a.output) if a.output else None

@@ -1,6 +1,6 @@
 /* The graph: places from the layout that came with the data; collapsed modules are placed here. */
 
-const BOX = { w: 168, h: 40, dx: 200, dy: 66 };
+const BOX = { w: 194, h: 40, dx: 224, dy: 66 };
 const G = { svg: null, view: null, items: new Map(), edges: [], scale: 1, x: 0, y: 0, drawn: '' };
 
 function placesOf(layout) {
@@ -92,7 +92,7 @@ function refold(items, edges, layout) {
 function edgePath(a, b, via) {
   const half = BOX.h / 2, points = [[a.x, a.y + half], ...(via || []), [b.x, b.y - half]];
   if (!via && b.y - a.y > 1.5 * BOX.dy) {
-    const side = Math.max(a.x, b.x) + BOX.w * 0.62;
+    const side = Math.max(a.x, b.x) + BOX.w * 0.9;
     return `M${a.x} ${a.y + half}C${side} ${a.y + BOX.dy},${side} ${b.y - BOX.dy},${b.x} ${b.y - half}`;
   }
   let path = `M${points[0][0].toFixed(1)} ${points[0][1].toFixed(1)}`;
@@ -105,20 +105,27 @@ function edgePath(a, b, via) {
 
 const clip = (text, most) => (text.length <= most ? text : '…' + text.slice(text.length - most + 1));
 
+/* The most frequent kinds of a module: 3 conv, 2 relu */
+function contents(members) {
+  const count = new Map();
+  for (const m of members) { const kind = rowOf(m)[KIND]; count.set(kind, (count.get(kind) || 0) + 1); }
+  return [...count].sort((a, b) => b[1] - a[1]).map(([kind, n]) => `${n} ${kind}`).join(', ');
+}
+
 function drawItem(item) {
   const one = item.row, kinds = ['added', 'removed', 'changed'].filter((k) => item.marks[k]);
   const mark = one ? kinds[0] || '' : kinds.length ? 'changed' : '';
   const runs = one ? one[RUNS] : '';
-  const head = one ? one[KIND] : item.group.split('.').pop() + ' ▸', side = one ? one[SIZES].replace(/[[\]]/g, '').replace(/,/g, '×') : item.members.length + ' nodes';
-  const foot = one ? one[PATH] || one[NAME] : item.group;
+  const head = one ? one[KIND] : clip(item.group, 17) + ' ▸', side = one ? one[SIZES].replace(/[[\]]/g, '').replace(/,/g, '×') : item.members.length + ' nodes';
+  const foot = one ? one[PATH] || one[NAME] : contents(item.members);
   const label = one ? `${one[KIND]} ${one[NAME]}${mark ? ', ' + mark : ''}` : `module ${item.group}, ${item.members.length} nodes, collapsed`;
   const g = h('g', { class: `node ${one ? 'op' : 'module'} ${mark} ${runs}`, transform: `translate(${(item.x - BOX.w / 2).toFixed(1)} ${(item.y - BOX.h / 2).toFixed(1)})`, 'data-id': item.id },
     h('title', {}, label + (one ? '\n' + one[TEXT] : '')),
     h('rect', { class: 'box', width: BOX.w, height: BOX.h, rx: 5 }),
     h('rect', { class: 'band', x: 0, y: 5, width: 3, height: BOX.h - 10 }),
-    h('text', { class: 'kind', x: 11, y: 16 }, clip(head, 15)),
+    h('text', { class: 'kind', x: 11, y: 16 }, one ? clip(head, 15) : head),
     h('text', { class: 'side', x: BOX.w - 8, y: 16, 'text-anchor': 'end' }, clip(side, 16)),
-    h('text', { class: 'path', x: 11, y: 31 }, clip(foot, mark ? 23 : 25)),
+    h('text', { class: 'path', x: 11, y: 31 }, one ? clip(foot, mark ? 26 : 29) : foot.length > 28 ? foot.slice(0, 27) + '…' : foot),
     mark && h('text', { class: 'sign', x: BOX.w - 9, y: 32, 'text-anchor': 'end' }, one ? { added: '+', removed: '−', changed: '~' }[mark] : '~'));
   item.element = g;
   return g;

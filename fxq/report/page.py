@@ -10,7 +10,7 @@ import json
 from importlib import resources
 from typing import Any
 
-SCRIPTS = ("base.js", "graph.js", "panels.js", "tables.js", "page.js")
+SCRIPTS = ("base.js", "graph.js", "panels.js", "tables.js", "views.js", "page.js")
 """In the order in which they are joined."""
 
 
