@@ -6,6 +6,8 @@ import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 
+from fxq import tables_html
+
 ERROR, WARNING = "error", "warning"
 SHOWN = 5
 """Findings of one kind that the text of a report shows; its JSON has all."""
@@ -106,6 +108,9 @@ class TrtReport:
         lines += [f"  {o}" for o in self.ops if o.runs == "float"]
         lines += [f"  input {text} is dynamic: the build needs a profile" for text in self.dynamic]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return tables_html.of_trt(self)
 
     def to_json(self) -> str:
         """The report as a JSON object."""

@@ -64,7 +64,15 @@ def of_lint(report: Any) -> str:
     caption = f"{report.q_left} QuantizeLinear and {report.dq_left} DequantizeLinear left"
     made = table(("operator", "int8", "float"), [(op, *n) for op, n in report.counts().items()], caption, (1, 2))
     floats = [(o.node, o.op, o.why) for o in report.ops if o.runs == "float"]
-    return made + (table(("node in float", "operator", "reason"), floats) if floats else "")
+    made += table(("node in float", "operator", "reason"), floats) if floats else ""
+    return made + (folded(f"left: {len(report.left)}", table(("node", "reason"), report.left)) if report.left else "")
+
+
+def of_trt(report: Any) -> str:
+    """Findings, then how the weighted operations run (:class:`fxq.lint_trt_report.TrtReport`)."""
+    caption = f"{report.target}: {len(report.errors)} errors, {len(report.warnings)} warnings"
+    found = table(("level", "rule", "node", "fact", "way out"), [(f.level, f.code, f.node, f.fact, f.way_out) for f in report.findings], caption)
+    return found + folded(f"operations: {len(report.ops)}", table(("node", "operator", "runs", "reason"), [(o.node, o.op, o.runs, o.why) for o in report.ops]))
 
 
 def of_proof(proof: Any) -> str:
