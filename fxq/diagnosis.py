@@ -18,7 +18,7 @@ from fxq.calibration import Batches
 from fxq.doctor_health import Finding
 from fxq.doctor_machine import Machine, Package, machine, packages
 from fxq.doctor_plan import Forecast, forecast, refused
-from fxq.errors import CalibrationError, FxqError, TraceError
+from fxq.errors import CalibrationError, FxqError, TargetError, TraceError
 from fxq.exported import program_module
 from fxq.heap import young
 from fxq.lint_trt_report import TrtReport
@@ -255,7 +255,7 @@ def _of_file(base: Diagnosis, path: str | os.PathLike[str], names: list[str]) ->
     proto = load(path)
     known = [n for n in dict.fromkeys(names) if n in TARGETS]
     if not known:
-        raise FxqError(f"there are no lint rules for {', '.join(names)}", where=os.fspath(path), way_out="Choose of " + ", ".join(TARGETS))
+        raise TargetError(f"there are no lint rules for {', '.join(names)}", where=os.fspath(path), way_out="Choose of " + ", ".join(TARGETS))
     return replace(base, file=tuple(_described(proto)), lints=tuple((n, lint(path, n)) for n in known))
 
 

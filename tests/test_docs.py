@@ -41,7 +41,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md", "docs/schemes.md", "docs/tensorrt.md", "docs/training.md", "docs/pruning.md"])
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p}.md" for p in "quickstart schemes tensorrt training pruning doctor interop".split())])
 def test_python_blocks_run(page: str, here: Path) -> None:
     torch.manual_seed(0)
     names: dict[str, object] = {}
@@ -66,6 +66,13 @@ def test_commands_of_the_pruning_page_run(here: Path) -> None:
     for line in lines:
         assert cli.main(shlex.split(line)[2:]) == 0, line
     assert {"pruned.onnx", "pruned.fxq", "pruned_int8.onnx"} <= {p.name for p in here.iterdir()}
+
+
+def test_commands_of_the_doctor_page_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [line for block in blocks("docs/doctor.md", "console") for line in block.splitlines() if line]
+    assert [shlex.split(line)[1:3] for line in lines] == [["fxq", "doctor"]] * 4
+    for line in lines:
+        assert command.main(shlex.split(line)[2:]) == 0 and "onnxruntime" in capsys.readouterr().out, line
 
 
 def test_commands_of_the_tensorrt_page_run(here: Path) -> None:
