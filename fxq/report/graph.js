@@ -47,9 +47,9 @@ function scene() {
   if (S.state !== 'before') link(after, 'after');
   const edges = [...links.values()];
   const folded = [...items.values()].some((i) => i.group);
-  if (folded) refold(items, edges, layout);
-  else for (const item of items.values()) [item.x, item.y] = layout.places.get(item.id);
-  for (const e of edges) e.via = folded ? null : layout.via.get(e.a + '\n' + e.b) || null;
+  const rows = folded ? refold(items, edges, layout) : null;
+  if (!folded) for (const item of items.values()) [item.x, item.y] = layout.places.get(item.id);
+  for (const e of edges) e.via = folded ? around(items.get(e.a), items.get(e.b), rows) : layout.via.get(e.a + '\n' + e.b) || null;
   return { items, edges, own };
 }
 
@@ -87,14 +87,22 @@ function refold(items, edges, layout) {
     const shift = row.reduce((sum, i) => sum + i.x, 0) / row.length - middle;
     for (const item of row) { item.x -= shift; item.y = depth * BOX.dy; }
   }
+  return rows;
+}
+
+/* Points of an edge over several layers: the straight line, pushed out of the boxes that it would cross */
+function around(a, b, rows) {
+  const first = a.y / BOX.dy, last = b.y / BOX.dy, points = [], clear = BOX.w / 2 + 14;
+  for (let depth = first + 1; depth < last; depth++) {
+    let x = a.x + ((b.x - a.x) * (depth - first)) / (last - first);
+    for (const item of rows.get(depth) || []) if (Math.abs(item.x - x) < clear) x = item.x + (x < item.x || (x === item.x && a.x < item.x) ? -clear : clear);
+    points.push([x, depth * BOX.dy]);
+  }
+  return points.length ? points : null;
 }
 
 function edgePath(a, b, via) {
   const half = BOX.h / 2, points = [[a.x, a.y + half], ...(via || []), [b.x, b.y - half]];
-  if (!via && b.y - a.y > 1.5 * BOX.dy) {
-    const side = Math.max(a.x, b.x) + BOX.w * 0.9;
-    return `M${a.x} ${a.y + half}C${side} ${a.y + BOX.dy},${side} ${b.y - BOX.dy},${b.x} ${b.y - half}`;
-  }
   let path = `M${points[0][0].toFixed(1)} ${points[0][1].toFixed(1)}`;
   for (let i = 1; i < points.length; i++) {
     const [x0, y0] = points[i - 1], [x1, y1] = points[i], bend = (y1 - y0) / 2;
@@ -125,7 +133,7 @@ function drawItem(item) {
     h('rect', { class: 'band', x: 0, y: 5, width: 3, height: BOX.h - 10 }),
     h('text', { class: 'kind', x: 11, y: 16 }, one ? clip(head, 15) : head),
     h('text', { class: 'side', x: BOX.w - 8, y: 16, 'text-anchor': 'end' }, clip(side, 16)),
-    h('text', { class: 'path', x: 11, y: 31 }, one ? clip(foot, mark ? 26 : 29) : foot.length > 28 ? foot.slice(0, 27) + '…' : foot),
+    h('text', { class: 'path', x: 11, y: 31 }, one ? clip(foot, mark ? 26 : 29) : foot.length > 26 ? foot.slice(0, 25) + '…' : foot),
     mark && h('text', { class: 'sign', x: BOX.w - 9, y: 32, 'text-anchor': 'end' }, one ? { added: '+', removed: '−', changed: '~' }[mark] : '~'));
   item.element = g;
   return g;
