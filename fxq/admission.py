@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-from fxq.errors import CalibrationError, FxqError, SchemeError
+from fxq.errors import CalibrationError, FxqError, SchemeError, TargetError
+from fxq.schemes import Scheme
+from fxq.targets import Target
 from fxq.trace import copied, run
 from fxq.tracers import fault_of
 
@@ -51,6 +53,22 @@ def check_model(model: Any) -> None:
             raise SchemeError(f"the weights are {p.dtype}, fxq compiles float32 models", where=name, way_out="Pass model.float()")
         if p.is_floating_point() and not _finite(p):
             raise CalibrationError("the tensor holds NaN or infinity", where=name, way_out="Load finite weights")
+
+
+def require_portable(scheme: Scheme, target: Target, mode: str) -> None:
+    """Refuse ``portable=True`` where it would mean nothing or come too early.
+
+    Raises:
+        TargetError: the target does not run on CPUs.
+        SchemeError: a scheme without products of integer codes, or one that is trained first.
+    """
+    if not target.fused:
+        raise TargetError(f"target {target.name!r} adds products of integers in 32 bits: its files are portable", way_out="Leave portable out")
+    if scheme.method not in ("static", "dynamic"):
+        raise SchemeError(f"the scheme {scheme.name!r} is {scheme.method}: it multiplies no integers", way_out="Use an int8 scheme, or leave portable out")
+    if mode == "qat" or scheme.trains:
+        way_out = "Leave portable out, train, then call fxq.portability.portable(q.convert())"
+        raise SchemeError(f"weights of the scheme {scheme.name!r} are made portable after training", way_out=way_out)
 
 
 def _finite(p: Tensor) -> bool:

@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 from fxq import folding
 from fxq.graph import grids, module_of, walk
 from fxq.modules import WEIGHTED, FakeQuantize, Quantized
+from fxq.portability_pairs import at_risk, greatest_code
 
 Faults = Iterator[tuple[Node, str]]
 Invariant = Callable[[GraphModule], Faults]
@@ -71,6 +72,17 @@ def converted(gm: GraphModule) -> Faults:
             yield node, "not a fake-quantizer"
 
 
+def portable(gm: GraphModule) -> Faults:
+    """No sum of two products of an integer layer can leave int16, whatever its input is."""
+    for node, _ in walk(gm, "conv", "linear"):
+        layer = module_of(gm, node)
+        most = greatest_code(gm, node, layer) if isinstance(layer, Quantized) else None
+        if isinstance(layer, Quantized) and most is not None:
+            count = int(at_risk(layer, most).sum())
+            if count:
+                yield node, f"{count} pairs of its weights can saturate"
+
+
 INVARIANTS: dict[str, Invariant] = {
     "canonical": canonical,
     "shapes-known": shapes_known,
@@ -78,4 +90,5 @@ INVARIANTS: dict[str, Invariant] = {
     "annotated": annotated,
     "calibrated": calibrated,
     "converted": converted,
+    "portable": portable,
 }
