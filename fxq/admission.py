@@ -55,8 +55,8 @@ def check_model(model: Any) -> None:
             raise CalibrationError("the tensor holds NaN or infinity", where=name, way_out="Load finite weights")
 
 
-def require_portable(scheme: Scheme, target: Target, mode: str) -> None:
-    """Refuse ``portable=True`` where it would mean nothing or come too early.
+def require_portable(scheme: Scheme, target: Target, mode: str = "") -> None:
+    """Refuse ``portable=True`` where it would mean nothing or, in a ``mode`` of ``fxq.compile``, come too early.
 
     Raises:
         TargetError: the target does not run on CPUs.
@@ -66,7 +66,7 @@ def require_portable(scheme: Scheme, target: Target, mode: str) -> None:
         raise TargetError(f"target {target.name!r} adds products of integers in 32 bits: its files are portable", way_out="Leave portable out")
     if scheme.method not in ("static", "dynamic"):
         raise SchemeError(f"the scheme {scheme.name!r} is {scheme.method}: it multiplies no integers", way_out="Use an int8 scheme, or leave portable out")
-    if mode == "qat" or scheme.trains:
+    if mode == "qat" or mode and scheme.trains:
         way_out = "Leave portable out, train, then call fxq.portability.portable(q.convert())"
         raise SchemeError(f"weights of the scheme {scheme.name!r} are made portable after training", way_out=way_out)
 

@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--target", help="see --list targets (default: onnxruntime, with --to tensorrt: tensorrt)")
     p.add_argument("--observer", help="override the scheme's activation observer")
     p.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="layers that stay float (fnmatch on the module path)")
+    p.add_argument("--portable", action="store_true", help="weights that give the same numbers on x86 CPUs with and without VNNI")
     p.add_argument("--to", default="onnx-qdq", metavar="BACKEND")
     p.add_argument("-o", "--output", metavar="FILE")
     p.add_argument("--save-model", metavar="FILE", help="save the compiled model itself, for fxq.load")
@@ -102,7 +103,7 @@ def run(a: argparse.Namespace, command: str = "") -> int:
     with nullcontext(False) if a.quiet else ProgressBar(lines=True) as progress:
         m = api.compile(
             model, a.scheme, calibration=data, example=example, target=target, skip=tuple(a.skip), observer=a.observer,
-            batches=a.calibration_batches, progress=progress, prune=how, numbers=bool(a.report),
+            batches=a.calibration_batches, portable=a.portable, progress=progress, prune=how, numbers=bool(a.report),
         )  # fmt: skip
         artifact = m.lower(a.to, **cli_engine.lowering_options(a, m, progress or no_progress))
     _show(a, m, artifact)

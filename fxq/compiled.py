@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import nn
 from torch.fx import GraphModule
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fxq.lint import LintReport
     from fxq.lint_trt_report import TrtReport
     from fxq.metrics import Score
+    from fxq.portability_lint import PairReport
     from fxq.proof import Proof
     from fxq.prune_report import PruneReport
     from fxq.selectors import Selector
@@ -214,8 +215,21 @@ class CompiledModel(nn.Module):
             self._engines[sha256(artifact.data).hexdigest()] = artifact
         return artifact
 
-    def lint(self, target: str | None = None) -> LintReport | TrtReport:
-        """Which nodes of the lowered file the target executes in integers, which not and why, and the Q/DQ nodes that are left."""
+    @overload
+    def lint(self, target: str | None = None, *, portable: Literal[False] = False) -> LintReport | TrtReport: ...
+    @overload
+    def lint(self, target: str | None = None, *, portable: Literal[True]) -> PairReport: ...
+    def lint(self, target: str | None = None, *, portable: bool = False) -> LintReport | TrtReport | PairReport:
+        """Which nodes of the lowered file the target executes in integers, which not and why, and the Q/DQ nodes that are left.
+
+        Args:
+            target: another runtime's rules.
+            portable: instead, which products can saturate on x86 CPUs without VNNI (:func:`fxq.portability_lint.check`).
+        """
+        if portable:
+            from fxq import portability_lint
+
+            return portability_lint.check(self.lower().data)
         from fxq.lint import lint
 
         return lint(self.lower().data, target or self.target.lint_name)

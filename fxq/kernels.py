@@ -127,7 +127,7 @@ def products(a: Codes, b: Codes) -> tuple[Tensor, Tensor]:
     return torch.matmul(x.to(dtype), y.to(dtype)).to(torch.int64), a.qp.scale * b.qp.scale
 
 
-def _epilogue(acc: Tensor, scale: Tensor, qp: QParams) -> Tensor:
+def requantized(acc: Tensor, scale: Tensor, qp: QParams) -> Tensor:
     """``clip(rne(fl(acc) * fl(scale / s_y))) + z_y``: the requantization of convolution and matrix products. On a binary grid the sign of ``acc``."""
     if qp.spec.kind == "binary":
         return numerics.quantize(acc, qp)
@@ -138,12 +138,12 @@ def _epilogue(acc: Tensor, scale: Tensor, qp: QParams) -> Tensor:
 def weighted(module: nn.Module, xs: Sequence[Codes], qp: QParams) -> Tensor:
     """QLinearConv, QGemm with a quantized output."""
     assert isinstance(module, m.Quantized)
-    return _epilogue(*accumulate(module, xs[0]), qp)
+    return requantized(*accumulate(module, xs[0]), qp)
 
 
 def matmul(module: nn.Module, xs: Sequence[Codes], qp: QParams) -> Tensor:
     """QLinearMatMul."""
-    return _epilogue(*products(xs[0], xs[1]), qp)
+    return requantized(*products(xs[0], xs[1]), qp)
 
 
 def float_output(module: nn.Module, xs: Sequence[Codes]) -> Tensor:

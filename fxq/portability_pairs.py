@@ -38,7 +38,8 @@ def paired(codes: Tensor) -> Tensor:
         ``[O, P, 2]``; where the number of weights is odd, the last one's neighbour is 0.
     """
     flat = codes.movedim(1, -1).flatten(1)
-    return torch.nn.functional.pad(flat, (0, flat.shape[1] % 2)).unflatten(1, (-1, 2))
+    even: Tensor = torch.nn.functional.pad(flat, (0, flat.shape[1] % 2))
+    return even.reshape(len(even), -1, 2) if even.numel() else even.reshape(len(even), 0, 2)
 
 
 def unpaired(pairs: Tensor, shape: tuple[int, ...]) -> Tensor:
