@@ -99,7 +99,8 @@ class Diagnosis:
             found.append(f"it cannot be captured: {self.capture.error}")
         stopped = [f"{f.target}: {f.stop}" for f in self.forecasts if f.stop is not None]
         found += stopped if self.needs_all or len(stopped) == len(self.forecasts) else []
-        return found + [f"{name}: {len(r.errors)} errors" for name, r in self.lints if isinstance(r, TrtReport) and not r.ok]
+        refused = [f"{name}: {len(r.errors)} errors" for name, r in self.lints if isinstance(r, TrtReport) and not r.ok]
+        return found + (refused if self.needs_all or len(refused) == len(self.lints) else [])
 
     @property
     def ok(self) -> bool:
@@ -170,25 +171,18 @@ def doctor(
         ArtifactError: when the ONNX file cannot be read.
     """
     start = time.perf_counter()
-    wanted, needs_all = _targets(target)
+    asked = [target] if isinstance(target, (str, Target)) else list(target)
+    base = Diagnosis(None, machine(), tuple(packages()), needs_all=ALL not in asked)
+    if isinstance(model, (str, os.PathLike)):
+        found = _of_file(replace(base, model=name or os.fspath(model)), model, asked)
+        return replace(found, seconds=time.perf_counter() - start)
+    wanted = [targets.get(t) for t in (targets.names() if ALL in asked else dict.fromkeys(asked))]
     if scheme != "int8":
         schemes.get(scheme)
-    base = Diagnosis(None, machine(), tuple(packages()), needs_all=needs_all)
     if model is None:
         return base
-    if isinstance(model, (str, os.PathLike)):
-        found = _of_file(replace(base, model=name or os.fspath(model)), model, [t.lint_name for t in wanted])
-    else:
-        found = _of_model(base, model, example, wanted, scheme, tuple(leaf_modules), name)
+    found = _of_model(base, model, example, wanted, scheme, tuple(leaf_modules), name)
     return replace(found, seconds=time.perf_counter() - start)
-
-
-def _targets(target: str | Target | Sequence[str | Target]) -> tuple[list[Target], bool]:
-    """The targets, and whether each of them has to be possible."""
-    asked = [target] if isinstance(target, (str, Target)) else list(target)
-    if ALL in asked:
-        return [targets.get(n) for n in targets.names()], False
-    return [targets.get(t) for t in dict.fromkeys(asked)], True
 
 
 def _of_model(
@@ -248,15 +242,16 @@ def _forecasts(captured: Captured, example: tuple[Any, ...], wanted: list[Target
     return tuple(found)
 
 
-def _of_file(base: Diagnosis, path: str | os.PathLike[str], names: list[str]) -> Diagnosis:
+def _of_file(base: Diagnosis, path: str | os.PathLike[str], asked: Sequence[str | Target]) -> Diagnosis:
     """What an ONNX file is, and what its targets' lints say."""
     from fxq.lint import TARGETS, lint, load
 
     proto = load(path)
-    known = [n for n in dict.fromkeys(names) if n in TARGETS]
-    if not known:
-        raise TargetError(f"there are no lint rules for {', '.join(names)}", where=os.fspath(path), way_out="Choose of " + ", ".join(TARGETS))
-    return replace(base, file=tuple(_described(proto)), lints=tuple((n, lint(path, n)) for n in known))
+    names = list(TARGETS) if ALL in asked else [t if isinstance(t, str) and t in TARGETS else targets.get(t).lint_name for t in asked]
+    missing = [n for n in names if n not in TARGETS]
+    if missing:
+        raise TargetError(f"there are no lint rules for {', '.join(missing)}", where=os.fspath(path), way_out="Choose of " + ", ".join(TARGETS))
+    return replace(base, file=tuple(_described(proto)), lints=tuple((n, lint(path, n)) for n in dict.fromkeys(names)))
 
 
 def _described(proto: Any) -> list[str]:

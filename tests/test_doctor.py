@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -14,7 +15,7 @@ from fxq import schemes, targets, zoo
 from fxq.compiled import FloatOp
 from fxq.doctor_plan import Forecast
 from fxq.errors import CalibrationError, TargetError
-from fxq.lint import lint
+from fxq.lint import TARGETS, lint
 
 
 def images(size: int, batch: int = 2) -> Tensor:
@@ -192,6 +193,10 @@ def test_an_onnx_file_is_linted(tmp_path: Path) -> None:
     assert not found.ok and found.stops[0].startswith("sm86: ")  # a file for ONNX Runtime is none for TensorRT
     text = str(found)
     assert "written by fxq" in text and "QuantizeLinear" in text and "inputs    x [batch, 3, 32, 32]" in text
+    every = fxq.doctor(path, target="all")
+    assert every.ok and [n for n, _ in every.lints] == list(TARGETS)
+    with pytest.raises(TargetError, match="there are no lint rules for mine"):
+        fxq.doctor(path, target=replace(targets.get("onnxruntime"), name="mine"))
     assert fxq.doctor(path).ok and json.loads(json.dumps(found.to_json()))["lints"]["sm86"]["ok"] is False
 
 
