@@ -208,14 +208,24 @@ def prune_scale() -> str:
     return text + "\n\n" + table(["net", *columns], [[n, *(rows[n][c] for c in columns)] for n in shown if n in rows])
 
 
+def report() -> str:
+    rows, source = load("report")
+    columns = ["nodes", "MB", "make s", "open s", "slowest pass ms"]
+    loud = sum(r["console messages and requests"] for r in rows.values())
+    silent = f"{loud or 'no'} messages in the console and requests"
+    text = f"Reports opened from disk in a headless Chromium ({source}), {silent}; `slowest pass`: from the click on a pass until its graph is drawn:"
+    return text + "\n\n" + table(["net", *columns], [[k, *(r[c] for c in columns)] for k, r in rows.items()])
+
+
 TABLES: dict[str, Callable[[], str]] = {"coverage": coverage, "accuracy": accuracy, "speed": speed, "compile": compile_time, "observers": observers}
 TABLES |= {"tensorrt": tensorrt, "tensorrt_accuracy": tensorrt_accuracy, "training": training, "training_steps": training_steps, "size": size, "lowbit": lowbit}
 TABLES |= {"sparsity": sparsity, "pruning": pruning, "prune_training": prune_training, "prune_scale": prune_scale, "prune_speed": prune_speed}
+TABLES |= {"report": report}
 SOURCES = {"tensorrt": "tensorrt_int8_sm86"}
 
 
 def main() -> None:
-    for page in (ROOT / "README.md", *(ROOT / "docs" / f"{n}.md" for n in ("schemes", "tensorrt", "training", "sparsity", "pruning"))):
+    for page in (ROOT / "README.md", *(ROOT / "docs" / f"{n}.md" for n in ("schemes", "tensorrt", "training", "sparsity", "pruning", "report"))):
         text = page.read_text()
         for name in re.findall(r"<!-- bench:(\w+) -->", text):
             if not (RESULTS / f"{SOURCES.get(name, name)}.json").exists():

@@ -261,7 +261,7 @@ def test_models_in_parts_have_a_section_each(tmp_path: Path) -> None:
     assert set(m.parts) == {"left"} or set(m.parts) == {"left", "right"}
     made = data_of(m.report(tmp_path / "r.html", torch.randn(4, 3, 10, 10)))
     assert [s["name"] for s in made["sections"]] == list(m.parts) and made["title"] == "Chooser"
-    assert made["sections"][0]["activations"] and [p["name"] for p in made["sections"][0]["passes"]][0] == "trace"
+    assert made["sections"][0]["activations"] and made["sections"][0]["passes"][0]["name"] == "trace"
 
 
 def test_pruned_models_show_what_was_cut(tmp_path: Path) -> None:
@@ -300,3 +300,15 @@ def test_the_command_line_writes_it(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert cli.main(args) == 2 and "the file exists" in capsys.readouterr().err
     assert cli.main([*args[:-1], str(tmp_path / "no" / "r.html")]) == 2 and "its folder does not exist" in capsys.readouterr().err
     assert cli.main([*args[:-1], str(tmp_path / "x"), "-o", str(tmp_path / "x")]) == 2 and "would be the same file" in capsys.readouterr().err
+
+
+def test_the_page_about_it_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).resolve().parents[1] / "docs/report.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/report.md", "exec"), {})
+    assert data_of(tmp_path / "report.html")["proof"]["ok"] is True
+    assert f"up to {BATCHES} batches" in text and f"more than {tensors.SAMPLE:,} numbers" in text
+    options = {o for a in cli.parser()._actions for o in a.option_strings}
+    (line,) = re.findall(r"^\$ fxq-lower (.*)$", text, re.MULTILINE)
+    assert set(re.findall(r"--?[a-z][\w-]*", line)) <= options

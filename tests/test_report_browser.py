@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 import fxq
 from fxq.compiled import CompiledModel
+from fxq.pruning import Prune
+from fxq.report import NO_DATA
+from fxq.snapshot import History
 
 WIDE, PHONE = ViewportSize(width=1440, height=900), ViewportSize(width=390, height=844)
 EVIL = "</script><b id=evil>x</b>"
@@ -269,7 +272,7 @@ def test_sorting_and_filtering(shown: Opened) -> None:
     page.click('#tabs [data-value="layers"]')
     page.click("#layers thead >> text=MACs")
     names = page.locator("#layers tbody tr td:first-child").all_inner_texts()
-    assert names[0].startswith("layer1_") and names[-1] == "head"
+    assert names[0].startswith("layer1.") and names[-1] == "head"
     page.fill("main input[type=search]", "stem")
     assert page.locator("#layers tbody tr").count() == 1
 
@@ -322,4 +325,55 @@ def test_strings_of_the_model_are_text_and_nothing_else(browser: Browser, tmp_pa
         tab.click()
         assert found.page.locator("#evil, main img, header img").count() == 0
     assert found.page.locator("h1").inner_text().startswith(EVIL) and found.trouble == []
+    found.page.context.close()
+
+
+def walked(found: Opened) -> None:
+    """Every tab, pass and view opens without trouble."""
+    page = found.page
+    for tab in page.locator("#tabs button").all():
+        tab.click()
+        assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]  # type: ignore[index]
+    page.click('#tabs [data-value="passes"]')
+    for i in range(page.locator("#strip button").count()):
+        page.click(f'#strip [data-value="{i}"]')
+        for view in ("graph", "diff", "numbers", "skips"):
+            page.click(f'#stage [data-value="{view}"]')
+    assert found.trouble == []
+
+
+class Chooser(nn.Module):
+    """Data decides, so that it is captured in parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.left(x)
+        return self.right(x) if float(x.sum()) > -1 else x
+
+
+def test_a_model_in_parts_has_a_choice_of_parts(browser: Browser, tmp_path: Path) -> None:
+    m = fxq.compile(Chooser().eval(), "weight_only_w8", example=torch.randn(2, 3, 4, 4), progress=False)
+    found = opened(browser, m.report(tmp_path / "parts.html", torch.randn(2, 3, 4, 4)))
+    assert found.page.locator("#section option").all_inner_texts() == ["left", "right"]
+    for i, names in enumerate(({"left.0", "0"}, {"right.0", "0"})):
+        found.page.select_option("#section", str(i))
+        found.page.click('#tabs [data-value="layers"]')
+        assert found.page.locator("#layers tbody tr td:first-child").first.inner_text() in names
+        walked(found)
+    found.page.context.close()
+
+
+@pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
+def test_a_pruned_float_net_without_activations(browser: Browser, tmp_path: Path, size: ViewportSize) -> None:
+    p = fxq.prune(Net().eval(), Prune(ratio=0.5, multiple_of=1), example=torch.randn(2, 3, 12, 12), progress=False)
+    p.history = History(p.history.snapshots)
+    found = opened(browser, p.report(tmp_path / "pruned.html"), size)
+    walked(found)
+    found.page.click('#tabs [data-value="pruning"]')
+    assert "layer1.0.conv1" in found.text("main .fxq-pruning")
+    found.page.click('#tabs [data-value="grids"]')
+    assert found.text("main .note") == NO_DATA
     found.page.context.close()

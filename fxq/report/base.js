@@ -111,12 +111,15 @@ function histogram(name) {
   return reader ? [reader, s.activations[reader]] : null;
 }
 
-/* Groups: the proper prefixes of module paths. What has no path lies where its deepest input lies. */
+/* Groups: the proper prefixes of module paths. What has no path lies where its deepest input lies, a constant where it is read. */
 function groupsOf(at, names) {
   const own = new Map(), rows = (n) => nodes(at).get(n) || nodes(at - 1).get(n);
   for (const name of names) {
     const row = rows(name);
     if (row[PATH]) own.set(name, row[PATH].split('.').slice(0, -1).join('.'));
+  }
+  for (const name of names) {
+    for (const input of rows(name)[INPUTS]) if (own.has(name) && (rows(input) || [])[KIND] === 'attr' && !own.get(input)) own.set(input, own.get(name));
   }
   for (const name of names) {
     if (own.has(name)) continue;
@@ -140,6 +143,6 @@ function select(name, options = {}) {
 
 function announce(text) { $('live').textContent = text; }
 
-function nodeLink(name, options) {
-  return h('button', { class: 'link mono', type: 'button', onclick: () => select(name, { centre: true, show: true, ...options }) }, name);
+function nodeLink(name, options, label) {
+  return h('button', { class: 'link mono', type: 'button', onclick: () => select(name, { centre: true, show: true, ...options }) }, label || name);
 }

@@ -31,6 +31,9 @@ function scene() {
     if (mark.has(name)) item.marks[mark.get(name)] = (item.marks[mark.get(name)] || 0) + 1;
     if (!outer) item.row = (S.state === 'before' ? before : after).get(name) || before.get(name);
   }
+  for (const item of items.values()) {
+    if (item.group && item.members.length === 1) Object.assign(item, { group: '', row: shown.get(item.members[0]) || before.get(item.members[0]) });
+  }
   const links = new Map();
   const link = (rows, which) => {
     for (const row of rows.values()) {
@@ -46,14 +49,14 @@ function scene() {
   if (S.state !== 'after' && at > 0) link(before, 'before');
   if (S.state !== 'before') link(after, 'after');
   const edges = [...links.values()];
-  const folded = [...items.values()].some((i) => i.group);
+  const folded = [...items.keys()].some((id) => id.startsWith('module '));
   const rows = folded ? refold(items, edges, layout) : null;
-  if (!folded) for (const item of items.values()) [item.x, item.y] = layout.places.get(item.id);
+  if (!rows) for (const item of items.values()) [item.x, item.y] = layout.places.get(item.id);
   for (const e of edges) e.via = folded ? around(items.get(e.a), items.get(e.b), rows) : layout.via.get(e.a + '\n' + e.b) || null;
   return { items, edges, own };
 }
 
-/* Layers of the graph with collapsed modules: longest paths; columns where the members were, pushed apart. */
+/* Layers of the graph with collapsed modules: longest paths; columns below what is read, in the order in which the members were, pushed apart. */
 function refold(items, edges, layout) {
   const next = new Map(), waiting = new Map(), layer = new Map();
   for (const item of items.values()) {
@@ -80,8 +83,14 @@ function refold(items, edges, layout) {
   }
   const rows = new Map();
   for (const item of items.values()) { const d = layer.get(item.id); rows.set(d, [...(rows.get(d) || []), item]); }
-  for (const [depth, row] of rows) {
-    row.sort((a, b) => a.x - b.x);
+  const above = new Map();
+  for (const e of edges) above.set(e.b, [...(above.get(e.b) || []), items.get(e.a)]);
+  for (const depth of [...rows.keys()].sort((a, b) => a - b)) {
+    const row = rows.get(depth).sort((a, b) => a.x - b.x);
+    for (const item of row) {
+      const placed = (above.get(item.id) || []).filter((i) => layer.get(i.id) < depth);
+      if (placed.length) item.x = placed.reduce((sum, i) => sum + i.x, 0) / placed.length;
+    }
     const middle = row.reduce((sum, i) => sum + i.x, 0) / row.length;
     row.forEach((item, i) => { if (i) item.x = Math.max(item.x, row[i - 1].x + BOX.dx); });
     const shift = row.reduce((sum, i) => sum + i.x, 0) / row.length - middle;
@@ -96,7 +105,7 @@ function around(a, b, rows) {
   for (let depth = first + 1; depth < last; depth++) {
     let x = a.x + ((b.x - a.x) * (depth - first)) / (last - first);
     for (const item of rows.get(depth) || []) if (Math.abs(item.x - x) < clear) x = item.x + (x < item.x || (x === item.x && a.x < item.x) ? -clear : clear);
-    points.push([x, depth * BOX.dy]);
+    points.push([x, depth * BOX.dy - BOX.h / 2 - 4], [x, depth * BOX.dy + BOX.h / 2 + 4]);
   }
   return points.length ? points : null;
 }
@@ -186,7 +195,7 @@ function home() {
   const [x0, y0, x1, y1] = bounds(), [w, hgt] = size();
   if ((y1 - y0) * 0.75 < hgt && (x1 - x0) * 0.75 < w) { fit(); return; }
   const first = G.items.get(S.node) || [...G.items.values()].filter((i) => Object.keys(i.marks).length).sort((a, b) => a.y - b.y)[0];
-  G.scale = Math.max(0.55, Math.min(1, (w - 24) / (x1 - x0)));
+  G.scale = Math.max(w < 500 ? 0.75 : 0.8, Math.min(1, (w - 24) / (x1 - x0)));
   G.x = w / 2 - G.scale * (first && x1 - x0 > w / G.scale ? first.x : (x0 + x1) / 2);
   G.y = 16 - G.scale * (first ? Math.max(y0, first.y - BOX.dy * 1.5) : y0);
   place();

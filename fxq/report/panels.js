@@ -9,7 +9,7 @@ function fact(label, value, kind = '') {
 
 function panel() {
   const aside = $('panel');
-  if (!S.node) { fill(aside, h('h2', { tabindex: -1 }, 'Node'), h('p', { class: 'muted' }, 'Choose a node in the graph, in a table or by searching (press /).')); return; }
+  if (!S.node) { fill(aside, h('h2', { tabindex: -1 }, 'Node'), h('p', { class: 'muted' }, 'Choose a node in the graph, in a table or by searching (press /).'), worst()); return; }
   const name = S.node, row = rowOf(name), s = section();
   if (!row) { fill(aside, h('h2', { tabindex: -1 }, name), h('p', { class: 'muted' }, 'This name is no node of the recorded graphs.')); return; }
   const last = nodes(s.final).get(name), state = last || row, layer = s.layers.find((l) => l.node === name), seen = histogram(name), weight = s.weights[name];
@@ -37,6 +37,14 @@ function crumbs(path) {
 }
 
 const links = (names) => (names.length ? names.slice(0, 12).map((n, i) => [i ? ', ' : '', nodeLink(n)]).concat(names.length > 12 ? [` and ${names.length - 12} more`] : []) : null);
+
+/* Where to look first: the values that the chosen pass moved most, and the grids that lose most by rounding */
+function worst() {
+  const s = section(), pass = s.passes[S.pass], moved = Object.entries(pass.numbers).map(([place, v]) => [s.rows[s.states[S.pass][place]], v[0]]).filter((m) => Number.isFinite(asNumber(m[1])));
+  const rounded = Object.entries(s.activations).filter(([, t]) => t.grid && Number.isFinite(asNumber(t.sqnr))).map(([name, t]) => [rowOf(name, s.final), t.sqnr]);
+  const list = (title, rows) => rows.length > 0 && [h('h3', {}, title), h('table', { class: 'small' }, h('tbody', {}, rows.sort((a, b) => asNumber(a[1]) - asNumber(b[1])).slice(0, 8).map(([row, value]) => h('tr', {}, h('td', {}, nodeLink(row[NAME])), h('td', { class: 'muted' }, row[KIND]), h('td', { class: 'n' }, db(value) + ' dB')))))];
+  return [list(`Moved most by ${pass.name}`, moved), list('Lowest SQNR of rounding', rounded)];
+}
 
 /* What each pass did to the node, with its numbers where they were measured */
 function story(name) {

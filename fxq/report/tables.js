@@ -52,10 +52,9 @@ function precisionTab() {
     h('p', { class: 'lead' }, `${ops.filter((r) => r[RUNS] === 'int').length} of ${ops.length} operations run in integers on ${D.target}; they hold ${percent(ops.filter((r) => r[RUNS] === 'int').reduce((n, r) => n + macs(r), 0), whole)} of the multiply-accumulates.`),
     h('div', { class: 'tally' }, [...kinds.values()].sort((a, b) => b.int + b.float - a.int - a.float).map((k) => h('span', { class: 'tile' }, h('b', {}, k.kind), k.int > 0 && h('span', { class: 'chip int' }, k.int + ' int'), k.float > 0 && h('span', { class: 'chip float' }, k.float + ' float')))),
     table([
-      { title: 'operation', value: (r) => r[NAME], show: (r) => nodeLink(r[NAME], { stay: true }) },
+      { title: 'operation', value: (r) => r[PATH] || r[NAME], show: (r) => nodeLink(r[NAME], { stay: true }, r[PATH]) },
       { title: 'kind', value: (r) => r[KIND] },
       { title: 'runs', value: (r) => r[RUNS], show: (r) => runsChip(r[RUNS]) },
-      { title: 'path', value: (r) => r[PATH], className: 'mono' },
       { title: 'MACs', value: macs, right: true, show: (r) => (macs(r) ? withBar(short(macs(r)), macs(r), most, r[RUNS]) : '') },
       { title: 'why float', value: (r) => r[WHY], className: 'reason' },
     ], ops, { id: 'precision', pick: (r) => (r[RUNS] === 'int' ? 'int' : 'float'), picks: [['all', 'all operations'], ['int', 'integer'], ['float', 'float']] })];
@@ -70,7 +69,7 @@ function layersTab() {
     h('p', { class: 'key' }, h('span', { class: 'swatch int' }), 'integer', h('span', { class: 'swatch float' }), 'float'),
     chart(s.charts.costs, 'Multiply-accumulates and bytes of each layer in the order of the graph'),
     table([
-      { title: 'layer', value: (l) => l.node, show: (l) => nodeLink(l.node, { stay: true }) },
+      { title: 'layer', value: (l) => l.path, show: (l) => nodeLink(l.node, { stay: true }, l.path) },
       { title: 'kind', value: (l) => l.kind }, { title: 'runs', value: (l) => l.runs, show: (l) => runsChip(l.runs) },
       { title: 'channels', value: (l) => `${l.in} → ${l.out}` + (l.groups > 1 ? ` /${l.groups}` : ''), className: 'mono' },
       column('MACs', 'macs', short), column('parameters', 'parameters', short), { title: 'bits', value: (l) => l.bits, right: true }, column('bytes', 'bytes', byteText),

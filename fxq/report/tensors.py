@@ -22,7 +22,7 @@ from fxq.spec import QParams
 BINS = 96
 """Bars of a histogram."""
 TINY = 1e-30
-SAMPLE = 1 << 20
+SAMPLE = 1 << 18
 """At most so many numbers of a tensor are counted; the extremes are those of all."""
 FLOAT8_STEP = 32
 """Distance of the two greatest numbers of E4M3FN."""
