@@ -311,7 +311,7 @@ class CompiledModel(nn.Module):
         *,
         proof: Proof | EngineProof | None = None,
         sensitivity: Sequence[tuple[str, str, float, float]] | None = None,
-        bisect: str | Sequence[str] | None = None,
+        bisect: Any = None,
         title: str | None = None,
         command: str | None = None,
         force: bool = False,
@@ -324,7 +324,7 @@ class CompiledModel(nn.Module):
                 by default the example that ``compile`` kept.
             proof: what :meth:`verify` gave.
             sensitivity: rows ``(name, what, dB when it alone is quantized, dB when all but it are)``.
-            bisect: lines of a verdict on what broke the accuracy.
+            bisect: the verdict on what broke the accuracy: its lines, or what gives them by ``str``.
             title: name of the model; by default that of its class.
             command: the command line that made it.
             force: replace a file that is there.

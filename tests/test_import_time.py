@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ("onnx", "onnxruntime", "onnxscript", "torchvision", "rich", "scipy", "safetensors", "PIL")
+HEAVY = ("onnx", "onnxruntime", "onnxscript", "torchvision", "rich", "scipy", "safetensors", "PIL", "matplotlib", "fast_sugiyama")
 SECONDS = "import time, torch; t = time.perf_counter(); import fxq; fxq.compile; print(time.perf_counter() - t)"
 LOADED = "import json, sys, torch; before = set(sys.modules); {code}; print(json.dumps(sorted({m.split('.')[0] for m in set(sys.modules) - before})))"
 

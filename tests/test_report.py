@@ -200,6 +200,9 @@ def test_without_data_the_page_says_so(tmp_path: Path) -> None:
     m.history = History(m.history.snapshots)
     (part,) = data_of(m.report(tmp_path / "none.html"))["sections"]
     assert part["note"] == NO_DATA and part["activations"] == {} and part["charts"]["clipping"] == "" and part["weights"]
+    fxq.save(m, tmp_path / "m.fxq")
+    (loaded,) = data_of(fxq.load(tmp_path / "m.fxq").report(tmp_path / "loaded.html"))["sections"]
+    assert [p["name"] for p in loaded["passes"]] == [s.name for s in m.history] and loaded["weights"] == part["weights"] and loaded["rows"] == part["rows"]
     (part,) = data_of(m.report(tmp_path / "data.html", torch.randn(4, 3, 10, 10)))["sections"]
     assert part["note"] == "" and part["activations"]["x_q"]["n"] == 4 * 300
 

@@ -51,7 +51,7 @@ def render(
     proof: Any = None,
     command: str | None = None,
     sensitivity: Sequence[tuple[str, str, float, float]] | None = None,
-    bisect: str | Sequence[str] | None = None,
+    bisect: Any = None,
     notes: Sequence[str] = (),
     extra: str = "",
     made: str = "",
@@ -66,7 +66,7 @@ def render(
         proof: result of ``verify`` (``ok``, and words by ``str``), or ``None``.
         command: the command line that made it.
         sensitivity: rows ``(name, what, dB when it alone is quantized, dB when all but it are)``; they are ranked by the first number.
-        bisect: lines of a verdict.
+        bisect: a verdict: its lines, or what gives them by ``str``.
         notes: how the model was captured, what it is specialised to.
         extra: a finished HTML fragment (what pruning did).
         made: when it was made.
@@ -87,7 +87,7 @@ def render(
         "title": title, "scheme": scheme.name, "target": target.name, "about": {**about, "command": command or "", "versions": facts.versions()},
         "notes": list(notes), "sections": parts, "proof": None if proof is None else {"ok": bool(proof.ok), "text": str(proof)},
         "sensitivity": None if sensitivity is None else [[n, w, states.number(a), states.number(o)] for n, w, a, o in _ranked(sensitivity)],
-        "bisect": None if bisect is None else [bisect] if isinstance(bisect, str) else list(bisect),
+        "bisect": None if bisect is None else [str(line) for line in bisect] if isinstance(bisect, (list, tuple)) else str(bisect).splitlines(),
     }  # fmt: skip
     return page(data, made=made, extra=extra)
 

@@ -126,7 +126,7 @@ function searchBox() {
   let hits = [], at = -1;
   const close = () => { list.hidden = true; input.setAttribute('aria-expanded', 'false'); input.removeAttribute('aria-activedescendant'); };
   const mark = () => { [...list.children].forEach((li, i) => li.setAttribute('aria-selected', i === at)); if (list.children[at]) { input.setAttribute('aria-activedescendant', 'found-' + at); list.children[at].scrollIntoView({ block: 'nearest' }); } };
-  const take = (row) => { close(); S.query = ''; input.value = ''; select(row[NAME], { centre: true, show: true }); };
+  const take = (row) => { close(); S.query = ''; input.value = ''; select(row[NAME], { centre: true, show: true }); ($('graph') || $('panel').querySelector('h2')).focus({ preventScroll: true }); };
   input.addEventListener('input', () => {
     S.query = input.value.trim();
     const query = S.query.toLowerCase(), all = new Map([...nodes(section().final), ...nodes(S.pass - 1), ...nodes(S.pass)]);
