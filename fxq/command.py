@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     commands = p.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
     lint = commands.add_parser("lint", help="what a runtime will run in integers, reject or compute otherwise", description=_lint.__doc__)
     lint.add_argument("file", metavar="FILE.onnx")
-    lint.add_argument("--target", default="onnxruntime", metavar="NAME", help="onnxruntime (default), tensorrt, or a compute capability such as sm86")
+    lint.add_argument("--target", default="onnxruntime", metavar="NAME", help="onnxruntime (default), openvino, tensorrt, or a compute capability such as sm86")
     lint.add_argument("--fix", action="store_true", help="repair for TensorRT what can be repaired without changing a number; needs -o")
     lint.add_argument("-o", "--output", metavar="OUT.onnx", help="the repaired file")
     lint.add_argument("--force", action="store_true", help="replace an existing file")
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _lint(a: argparse.Namespace) -> int:
     """Report what a runtime will run in integers, reject or compute otherwise. Exit code 0: nothing found, 1: errors found, 2: your mistake."""
-    from fxq.lint import lint
+    from fxq.lint import LintReport, lint
 
     _check_options(a)
     notes: list[str] = []
@@ -73,7 +73,8 @@ def _lint(a: argparse.Namespace) -> int:
         body = json.loads(report.to_json())
         print(json.dumps({"file": a.file, **({"output": a.output, "repairs": notes} if a.fix else {}), **body}, indent=1))
     else:
-        print("\n".join([*notes, str(report)]))
+        left = report.leftovers() if isinstance(report, LintReport) else ""
+        print("\n".join([*notes, str(report), *([left] if left else [])]))
     return _code(report, a.strict)
 
 
@@ -83,7 +84,7 @@ def _check_options(a: argparse.Namespace) -> None:
 
     if a.target not in TARGETS:
         raise TargetError(f"no lint rules for target {a.target!r}", way_out=nearest(a.target, TARGETS))
-    if a.fix and a.target == "onnxruntime":
+    if a.fix and a.target in ("onnxruntime", "openvino"):
         raise InputError("--fix repairs for TensorRT", way_out="Add --target tensorrt, or one compute capability such as sm86")
     if a.fix and not a.output:
         raise InputError("--fix has no file to write", way_out="Add -o OUT.onnx")

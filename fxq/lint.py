@@ -2,83 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, overload
 
 import onnx
 
-from fxq import lint_trt
+from fxq import lint_ov, lint_trt
 from fxq.errors import ArtifactError, TargetError, nearest
 from fxq.lint_clips import absorb_clips
-from fxq.lint_graph import BYTES, DQ, FLOATS, Net, Op, Q
+from fxq.lint_graph import BYTES, DQ, Net, Op, Q
+from fxq.lint_report import CLIPS, GONE, LintReport, OpReport, agrees, compute_nodes, label
 from fxq.lint_rules import KERNELS, ON_CODES, Blocked, fuse, fuse_dynamic, match
 from fxq.lint_steps import BEFORE, drop_dq_q, signed_to_unsigned
 from fxq.lint_trt_report import TrtReport
 from fxq.lowering import contents
 
-TARGETS = {"onnxruntime": "ONNX Runtime, CPU provider, all optimizations", **lint_trt.SUMMARIES}
-GONE = "gone"
+TARGETS = {"onnxruntime": "ONNX Runtime, CPU provider, all optimizations", lint_ov.TARGET: lint_ov.SUMMARY, **lint_trt.SUMMARIES}
+__all__ = ["GONE", "TARGETS", "LintReport", "OpReport", "agrees", "compute_nodes", "lint", "load", "optimize", "runtime_report"]
 TYPED_LIKE_INPUT = {*ON_CODES, "Clip", "Pad"}
 BLOCKED = "_nchwc"
-CLIPS = ("Relu", "Clip")  # they vanish: into a kernel or into a Q, which cannot be told apart afterwards
 Source = bytes | str | os.PathLike[str] | onnx.ModelProto
 
 
-@dataclass(frozen=True)
-class OpReport:
-    """How one node of the file runs.
-
-    Attributes:
-        node: its name, or its first output's when it has none.
-        op: operator type.
-        runs: ``int8``, ``float``, or ``gone`` (removed or merged; only in :func:`runtime_report`).
-        kernel: operator that does the work, e.g. ``QLinearConv``.
-        why: for ``float``, the rule that blocked the integer kernel.
-    """
-
-    node: str
-    op: str
-    runs: str
-    kernel: str
-    why: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.op} {self.node}: {self.runs}" + (f", {self.why}" if self.why else f" ({self.kernel})")
-
-
-@dataclass(frozen=True)
-class LintReport:
-    """How each compute node runs, and how many Q and DQ nodes are left after optimization."""
-
-    ops: tuple[OpReport, ...]
-    q_left: int
-    dq_left: int
-
-    def counts(self) -> dict[str, tuple[int, int]]:
-        """Operator type -> (nodes in int8, nodes in float)."""
-        tally = Counter((o.op, o.runs) for o in self.ops)
-        types = dict.fromkeys(o.op for o in self.ops)
-        return {t: (tally[t, "int8"], tally[t, "float"]) for t in types}
-
-    def __str__(self) -> str:
-        parts = [f"{op.lower()} {i}/{i + f} int8" for op, (i, f) in self.counts().items() if i + f]
-        head = ", ".join([*parts, f"{self.q_left} Q + {self.dq_left} DQ left"])
-        return "\n".join([head, *(f"  {o}" for o in self.ops if o.runs == "float")])
-
-    def to_json(self) -> str:
-        """The report as a JSON object."""
-        body = {"ops": [asdict(o) for o in self.ops], "q_left": self.q_left, "dq_left": self.dq_left, "counts": self.counts()}
-        return json.dumps(body, indent=1)
-
-
 @overload
-def lint(model: Source, target: Literal["onnxruntime"] = "onnxruntime") -> LintReport: ...
+def lint(model: Source, target: Literal["onnxruntime", "openvino"] = "onnxruntime") -> LintReport: ...
 @overload
 def lint(model: Source, target: str) -> LintReport | TrtReport: ...
 def lint(model: Source, target: str = "onnxruntime") -> LintReport | TrtReport:
@@ -89,7 +41,7 @@ def lint(model: Source, target: str = "onnxruntime") -> LintReport | TrtReport:
 
     Args:
         model: bytes, path or ModelProto of any ONNX file with Q/DQ nodes.
-        target: ``onnxruntime``, ``tensorrt``, or TensorRT on one compute capability: ``sm75`` (which is refused for int8), ``sm80``, ``sm86``, ...
+        target: ``onnxruntime``, ``openvino``, ``tensorrt``, or TensorRT on one compute capability: ``sm75`` (refused for int8), ``sm80``, ...
 
     Returns:
         For TensorRT a report with findings (:class:`fxq.lint_trt_report.TrtReport`).
@@ -104,6 +56,8 @@ def lint(model: Source, target: str = "onnxruntime") -> LintReport | TrtReport:
     if target in lint_trt.CAPABILITIES:
         return lint_trt.check(proto, target, folder=os.path.dirname(model) if isinstance(model, (str, os.PathLike)) else None)
     net = Net(proto)
+    if target == lint_ov.TARGET:
+        return lint_ov.check(net)
     nodes = compute_nodes(net)
     net.until_stable(BEFORE)
     net.until_stable((absorb_clips,))
@@ -119,7 +73,23 @@ def lint(model: Source, target: str = "onnxruntime") -> LintReport | TrtReport:
     drop_dq_q(net)
     carriers = {index: op for op in sorted(net.ops, key=lambda op: op.alive) for index in op.origins if op.alive or op.is_q}
     ops = tuple(_predicted(net, index, op, carriers.get(index)) for index, op in nodes.items() if index in carriers)
-    return LintReport(ops, sum(op.is_q for op in net), sum(op.is_dq for op in net))
+    return LintReport(ops, sum(op.is_q for op in net), sum(op.is_dq for op in net), tuple(_left(net)))
+
+
+def _left(net: Net) -> Iterator[tuple[str, str]]:
+    """Q and DQ nodes that no kernel took, each with what keeps it."""
+    for op in net:
+        if op.is_q:
+            maker = net.maker.get(op.inputs[0])
+            yield label(op), f"it reads {_who(net, maker)}".rstrip(",") if maker is not None else "it rounds an input of the graph"
+        elif op.is_dq:
+            readers = [user for user, _ in net.edges(op)]
+            plain = next((user for user in readers if not user.kernel), None)
+            yield label(op), f"{_who(net, plain)} reads it" if plain is not None else "its value is an output of the graph"
+
+
+def _who(net: Net, op: Op) -> str:
+    return f"{op.op} {label(op)}" + ("" if op.kernel or _on_codes(net, op) else ", which runs in float,")
 
 
 def load(model: Source) -> onnx.ModelProto:
@@ -138,22 +108,6 @@ def load(model: Source) -> onnx.ModelProto:
     if not proto.graph.node:
         raise ArtifactError("holds no ONNX graph", where=where, way_out="Give an .onnx file")
     return proto
-
-
-def compute_nodes(net: Net) -> dict[int, OpReport]:
-    """Nodes of the file that compute with values: position -> name and type. Q, DQ, constants and shape arithmetic are none."""
-    constant = set(net.const_names)
-    nodes: dict[int, OpReport] = {}
-    for op in net:
-        given = [name for name in op.inputs if name]
-        if given and all(name in constant for name in given):
-            constant.update(op.outputs)
-            continue
-        kinds = {net.types.get(name, 0) for name in (*given, *op.outputs) if name not in constant}
-        if op.is_q or op.is_dq or op.op in ("Shape", "Size", "Identity", "Dropout") or not kinds & {0, *FLOATS, *BYTES}:
-            continue
-        nodes[op.origins[0]] = OpReport(op.name or op.outputs[0], op.op, "float", op.op)
-    return nodes
 
 
 def _predicted(net: Net, index: int, node: OpReport, carrier: Op | None) -> OpReport:
@@ -259,19 +213,3 @@ def _absorbed(proto: onnx.ModelProto, index: int, node: OpReport, found: dict[in
         return OpReport(node.node, node.op, "float", host.op_type)
     readers = {n.op_type for n in proto.graph.node if clip.output[0] in n.input}
     return OpReport(node.node, node.op, "int8" if readers == {Q} else GONE, Q if readers == {Q} else "")
-
-
-def agrees(predicted: LintReport, actual: LintReport) -> list[str]:
-    """Differences between a prediction and what the runtime did; nodes that the runtime removed or merged are not compared."""
-    truth = {o.node: o for o in actual.ops}
-    lines = []
-    for o in predicted.ops:
-        real = truth.get(o.node)
-        if real is None:
-            lines.append(f"{o}: not in the runtime's report")
-        elif real.runs != GONE and (o.runs != real.runs or (o.runs == "int8" and o.kernel != real.kernel and o.op not in CLIPS)):
-            lines.append(f"predicted {o}; the runtime: {real.runs} ({real.kernel})")
-    for what, a, b in (("QuantizeLinear", predicted.q_left, actual.q_left), ("DequantizeLinear", predicted.dq_left, actual.dq_left)):
-        if a != b:
-            lines.append(f"{what} left: predicted {a}, the runtime has {b}")
-    return lines

@@ -47,7 +47,7 @@ def test_exit_codes(here: Path, arguments: str, code: int, capsys: pytest.Captur
         ("lint . --target sm86", ".: cannot be read: Is a directory. Check the path"),
         ("lint no.onnx --target sm86", "no.onnx: is not a whole ONNX file"),
         ("lint clean.onnx --target sm8", "no lint rules for target 'sm8'. did you mean 'sm8"),
-        ("lint clean.onnx --target openvino", "no lint rules for target 'openvino'. "),
+        ("lint clean.onnx --target tvm", "no lint rules for target 'tvm'. "),
         ("lint clean.onnx --fix -o out.onnx", "--fix repairs for TensorRT. Add --target tensorrt"),
         ("lint clean.onnx --target sm86 --fix", "--fix has no file to write. Add -o OUT.onnx"),
         ("lint clean.onnx --target sm86 -o out.onnx", "-o is the file that --fix writes. Add --fix"),
