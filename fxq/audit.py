@@ -71,17 +71,16 @@ def exact_findings(before: State, after: GraphModule, step: str, batch: tuple[An
     """
     try:
         runs, least = _Pair(before, after, batch, torch.float64), EXACT_DB
-        runs.run(frozenset())
+        runs.run(frozenset(), least)
     except RuntimeError:  # an operation with float32 constants of its own
         runs, least = _Pair(before, after, batch, torch.float32), EXACT_FLOAT32_DB
     excused: set[str] = set()
     found: list[Finding] = []
     for _ in range(ROUNDS):
-        errors, output = runs.run(frozenset(excused))
-        wrong = {n for n, db in errors.items() if db < least}
-        strays = {n for n in wrong if errors[n] < EXACT_FLOAT32_DB}
+        errors, strays, output = runs.run(frozenset(excused), least)
+        small = {n for n, db in errors.items() if db < least} - strays
         lost = _reach_output(runs.after, strays, set(errors))
-        first = [n for n in runs.after.graph.nodes if n.name in wrong - strays or n.name in lost and not _behind(n, runs.link) & lost]
+        first = [n for n in runs.after.graph.nodes if n.name in small or n.name in lost and not runs.behind[n.name] & lost]
         if not first:
             break
         for n in first:
@@ -110,10 +109,19 @@ class _Pair:
 
         watch(_cast(before.build(), dtype), self.batch, keep)
         self.after, self.text = _cast(after, dtype), str(dtype).removeprefix("torch.")
+        self.behind = {n.name: _behind(n, self.link) for n in self.after.graph.nodes}
 
-    def run(self, excused: frozenset[str]) -> tuple[dict[str, float], float]:
-        """SQNR of every node that can be compared, on the inputs of the graph before; of ``excused`` nodes the old value goes on. Then the output's."""
+    def run(self, excused: frozenset[str], least: float) -> tuple[dict[str, float], set[str], float]:
+        """One run of the graph after the pass.
+
+        A node that gives the old value from old inputs hands the old value on; so does one that is a little off. One that is far off, or that reads
+        from such a one, is a stray and hands its own value on. Of ``excused`` nodes the old value goes on.
+
+        Returns:
+            SQNR of every node that can be compared, the strays, SQNR of the output.
+        """
         errors: dict[str, float] = {}
+        strays: set[str] = set()
         last = math.inf
 
         def look(node: Node, value: Any) -> Any:
@@ -125,11 +133,16 @@ class _Pair:
             if node.op == "output":
                 last = _worst(old, value)
                 return None
-            errors[node.name] = _worst(old, value)
-            return old if errors[node.name] >= EXACT_FLOAT32_DB or node.name in excused else None
+            if node.name in excused:
+                return old
+            errors[node.name] = db = _worst(old, value)
+            if db >= least or db >= EXACT_FLOAT32_DB and not self.behind[node.name] & strays:
+                return old
+            strays.add(node.name)
+            return None
 
         watch(self.after, self.batch, look)
-        return {n: db for n, db in errors.items() if n not in excused}, last
+        return errors, strays, last
 
 
 def _cast(gm: GraphModule, dtype: torch.dtype) -> GraphModule:

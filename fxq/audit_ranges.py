@@ -153,7 +153,7 @@ def range_findings(t: Toggles, found: Ranges) -> list[Finding]:
         reason, fact = _why(total, ends(switch.made.qparams), float(switch.made.scale))
         source = next(n for n in t.gm.graph.nodes if n.name == nodes[0]).all_input_nodes[0]
         fact = f"{fact}; {total.excess:.1f} dB more noise than its best grid"
-        suspects.append(Finding("calibrate", source.name, worst.path, reason, fact, False, tuple(nodes), total.excess))
+        suspects.append(Finding("calibrate", source.name, worst.path, reason, fact, False, (worst.node, *(n for n in nodes if n != worst.node)), total.excess))
     return sorted(suspects, key=lambda f: -f.weight)
 
 

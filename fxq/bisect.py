@@ -17,6 +17,7 @@ from fxq.audit import ON_PURPOSE, Finding, exact_findings
 from fxq.audit_bias import bias_findings
 from fxq.calibration import Batches
 from fxq.errors import FxqError
+from fxq.lineage import counterparts
 from fxq.metrics import Metric, Score
 from fxq.moves import sqnr
 from fxq.schemes import Scheme
@@ -105,7 +106,7 @@ def _judge(case: _Case, tolerance: float | None) -> Verdict:
     scores["best grids"] = metric(t.gm)
     t.set(ON)
     known = {name for f in findings for name in f.switches}
-    suspects = [f for f in audit_ranges.range_findings(t, ranges) if not known & set(f.switches)]
+    suspects = [_at_calibrate(case, f) for f in audit_ranges.range_findings(t, ranges) if not known & set(f.switches)]
     goal = scores["best grids"] - MARGIN.get(metric.name, abs(scores["best grids"]) * 0.02)
     bad = scores["compiled"] < goal if tolerance is None else metric.drop(scores["compiled"]) > (-tolerance if metric.metric == "sqnr" else tolerance)
     causes = [Cause(f, None) for f in findings]
@@ -155,6 +156,16 @@ def _of_pass(case: _Case, before: State, s: Snapshot, few: tuple[Any, ...]) -> l
         return []
     case.runs += 3
     return exact_findings(before, after, s.name, few, REASONS.get(s.name, "wrong form"))
+
+
+def _at_calibrate(case: _Case, f: Finding) -> Finding:
+    """The suspect under the name that its value has in the graph that ``calibrate`` left (there a ReLU is not absorbed yet)."""
+    state = case.state(f.step)
+    if state is None:
+        return f
+    source = counterparts(state.graph, case.gm.graph).get(f.switches[0])
+    node = next((n for n in state.graph.nodes if n.name == source), None)
+    return f if node is None else replace(f, node=node.name, path=audit_grids.path_of(node))
 
 
 def _distinct(case: _Case, found: list[Finding]) -> list[Finding]:
