@@ -35,8 +35,8 @@ NETS = ("resnet50", "mobilenet_v3_small", "swin_t", "nin_gc", "chain_1000")
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 SIZE = {"width": 1440, "height": 900}
 SHOWN = {
-    "resnet50": ("fold-bn", "layer1_0_conv2", "light"), "mobilenet_v3_small": ("legalize", "", "light"), "swin_t": ("convert", "features_1_0_attn_linear", "light"),
-    "nin_gc": ("convert", "", "dark"),
+    "resnet50": ("fold-bn", "layer1_0_conv2", "light"), "mobilenet_v3_small": ("legalize", "", "light"),
+    "swin_t": ("convert", "features_1_0_attn_linear", "light"), "nin_gc": ("convert", "", "dark"),
 }  # fmt: skip
 """Net -> the pass, the node (without a name one of the first that changed) and the colours of its picture."""
 

@@ -117,6 +117,9 @@ def test_nodes_that_stay_have_one_place_before_and_after(model: CompiledModel) -
     for i, p in enumerate(made["passes"][1:], 1):
         names = set(made["layouts"][p["layout"]]["names"])
         assert names == {made["rows"][r][0] for r in (*lists[i], *lists[i - 1])}
+        layout = made["layouts"][p["layout"]]
+        layer = dict(zip(layout["names"], layout["xy"][1::2], strict=True))
+        assert all(layer[source] < layer[made["rows"][r][0]] for r in (*lists[i], *lists[i - 1]) for source in made["rows"][r][3])
     assert len(made["layouts"]) < len(made["passes"])
 
 

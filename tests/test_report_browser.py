@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fxq
 from fxq.compiled import CompiledModel
 from fxq.pruning import Prune
-from fxq.report import NO_DATA
+from fxq.report import NO_DATA, states
 from fxq.snapshot import History
 
 WIDE, PHONE = ViewportSize(width=1440, height=900), ViewportSize(width=390, height=844)
@@ -376,4 +376,16 @@ def test_a_pruned_float_net_without_activations(browser: Browser, tmp_path: Path
     assert "layer1.0.conv1" in found.text("main .fxq-pruning")
     found.page.click('#tabs [data-value="grids"]')
     assert found.text("main .note") == NO_DATA
+    found.page.context.close()
+
+
+def test_a_graph_too_large_to_draw(browser: Browser, model: CompiledModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(states, "MOST", 3)
+    found = opened(browser, model.report(tmp_path / "large.html"))
+    assert "too large" in found.text("#graph")
+    found.page.keyboard.press("/")
+    found.page.keyboard.type("stem")
+    found.page.keyboard.press("Enter")
+    assert found.text("#panel h2") == "stem"
+    walked(found)
     found.page.context.close()
