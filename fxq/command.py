@@ -30,7 +30,8 @@ def parser() -> argparse.ArgumentParser:
     lint = commands.add_parser("lint", help="what a runtime will run in integers, reject or compute otherwise", description=_lint.__doc__)
     lint.add_argument("file", metavar="FILE.onnx")
     lint.add_argument("--target", default="onnxruntime", metavar="NAME", help="onnxruntime (default), openvino, tensorrt, or a compute capability such as sm86")
-    lint.add_argument("--fix", action="store_true", help="repair for TensorRT what can be repaired without changing a number; needs -o")
+    lint.add_argument("--fix", action="store_true", help="repair what can be repaired, for onnxruntime or TensorRT; without -o say only what would be done")
+    lint.add_argument("--portable", action="store_true", help="instead: which products can saturate on x86 CPUs without VNNI, from the weights of the file")
     lint.add_argument("-o", "--output", metavar="OUT.onnx", help="the repaired file")
     lint.add_argument("--force", action="store_true", help="replace an existing file")
     lint.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -62,11 +63,14 @@ def _lint(a: argparse.Namespace) -> int:
     from fxq.lint import LintReport, lint
 
     _check_options(a)
+    if a.portable:
+        return _portable(a)
     notes: list[str] = []
     if a.fix:
         fixed, notes = _fixed(a)
         report = lint(fixed, a.target)
-        _save(a, fixed)
+        if a.output:
+            _save(a, fixed)
     else:
         report = lint(a.file, a.target)
     if a.json:
@@ -84,13 +88,13 @@ def _check_options(a: argparse.Namespace) -> None:
 
     if a.target not in TARGETS:
         raise TargetError(f"no lint rules for target {a.target!r}", way_out=nearest(a.target, TARGETS))
-    if a.fix and a.target in ("onnxruntime", "openvino"):
-        raise InputError("--fix repairs for TensorRT", way_out="Add --target tensorrt, or one compute capability such as sm86")
-    if a.fix and not a.output:
-        raise InputError("--fix has no file to write", way_out="Add -o OUT.onnx")
+    if a.fix and a.target == "openvino":
+        raise InputError("--fix repairs for ONNX Runtime and TensorRT", way_out="Use --target onnxruntime, tensorrt, or one compute capability such as sm86")
+    if a.portable and (a.fix or a.target != "onnxruntime"):
+        raise InputError("--portable is a lint of its own, for CPUs", way_out="Leave --fix and --target out")
     if a.output and not a.fix:
         raise InputError("-o is the file that --fix writes", way_out="Add --fix, or leave -o out")
-    if a.fix and os.path.lexists(a.output) and not a.force:
+    if a.output and os.path.lexists(a.output) and not a.force:
         raise ArtifactError("the file exists", where=a.output, way_out="Add --force or choose another name")
 
 
@@ -104,6 +108,7 @@ def _fixed(a: argparse.Namespace) -> tuple[onnx.ModelProto, list[str]]:
     from onnx import external_data_helper
 
     from fxq.lint import load
+    from fxq.lint_fix import fix as fix_onnxruntime
     from fxq.lint_trt_fix import fix
 
     model = load(a.file)
@@ -111,7 +116,15 @@ def _fixed(a: argparse.Namespace) -> tuple[onnx.ModelProto, list[str]]:
         external_data_helper.load_external_data_for_model(model, os.path.dirname(a.file))
     except (OSError, ValueError, onnx.checker.ValidationError) as e:
         raise InputError(f"its weights cannot be read: {e}", where=a.file, way_out="Put their files beside the model") from e
-    return fix(model, a.target)
+    return fix_onnxruntime(model) if a.target == "onnxruntime" else fix(model, a.target)
+
+
+def _portable(a: argparse.Namespace) -> int:
+    from fxq.portability_lint import check
+
+    report = check(a.file)
+    print(json.dumps({"file": a.file, **json.loads(report.to_json())}, indent=1) if a.json else report)
+    return 1 if a.strict and not report.ok else 0
 
 
 def _save(a: argparse.Namespace, model: onnx.ModelProto) -> None:

@@ -12,6 +12,8 @@ from onnx import external_data_helper
 from fxq.command import main
 from fxq.errors import ArtifactError
 from fxq.lint_trt import check
+from tests.lint_zoo import conv
+from tests.test_lint_fix import clip_on
 from tests.trt_zoo.zoo import ALL
 
 
@@ -48,8 +50,8 @@ def test_exit_codes(here: Path, arguments: str, code: int, capsys: pytest.Captur
         ("lint no.onnx --target sm86", "no.onnx: is not a whole ONNX file"),
         ("lint clean.onnx --target sm8", "no lint rules for target 'sm8'. did you mean 'sm8"),
         ("lint clean.onnx --target tvm", "no lint rules for target 'tvm'. "),
-        ("lint clean.onnx --fix -o out.onnx", "--fix repairs for TensorRT. Add --target tensorrt"),
-        ("lint clean.onnx --target sm86 --fix", "--fix has no file to write. Add -o OUT.onnx"),
+        ("lint clean.onnx --target openvino --fix", "--fix repairs for ONNX Runtime and TensorRT. Use --target onnxruntime"),
+        ("lint clean.onnx --portable --fix", "--portable is a lint of its own, for CPUs. Leave --fix and --target out"),
         ("lint clean.onnx --target sm86 -o out.onnx", "-o is the file that --fix writes. Add --fix"),
         ("lint bad.onnx --target sm86 --fix -o warn.onnx", "warn.onnx: the file exists. Add --force or choose another name"),
         ("lint bad.onnx --target sm86 --fix -o nowhere/out.onnx", "nowhere/out.onnx: cannot write"),
@@ -132,3 +134,24 @@ def test_is_installed_as_a_script() -> None:
 
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     assert project["scripts"]["fxq"] == "fxq.command:main"
+
+
+def test_fix_without_a_file_says_what_it_would_do(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(p.name for p in here.iterdir())
+    assert main(["lint", "bad.onnx", "--target", "sm86", "--fix"]) == 0
+    assert "int32 bias written in float" in capsys.readouterr().out and sorted(p.name for p in here.iterdir()) == before
+
+
+def test_fix_repairs_for_onnxruntime(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    onnx.save(clip_on(40)(), "relu.onnx")
+    assert main(["lint", "relu.onnx", "--strict"]) == 1
+    assert main(["lint", "relu.onnx", "--fix", "--strict", "-o", "fixed.onnx"]) == 0
+    assert "LeakyRelu of slope 0" in capsys.readouterr().out and main(["lint", "fixed.onnx", "--strict"]) == 0
+
+
+def test_portable_reads_the_weights(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    onnx.save(conv(), "conv.onnx")
+    assert main(["lint", "conv.onnx", "--portable"]) == 0 and "can leave 16 bits" in capsys.readouterr().out
+    assert main(["lint", "conv.onnx", "--portable", "--strict", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["findings"][0]["op"] == "Conv"
+    assert main(["lint", "float.onnx", "--portable", "--strict"]) == 0
