@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,6 +92,17 @@ def test_other_schemes(scheme: str, target: str) -> None:
     assert f.float_ops == m.float_ops and (f.scheme, f.target, f.stop) == (scheme, target, None)
     assert f.bytes_after < f.bytes_before or scheme in ("float", "weight_only_w4_b64", "dynamic_w8")
     assert (f.share > 0.9) == (scheme not in ("float", "dynamic_w8", "weight_only_w8", "weight_only_w4_b64"))
+
+
+def test_a_scheme_that_is_trained_keeps_its_shuffles() -> None:
+    """``legalize`` rewrites fewer operations of a graph that will be trained."""
+    net, x = build("shufflenet_v2_x0_5")
+    (f,) = fxq.doctor(net, x, scheme="dorefa_w4a4").forecasts
+    m = fxq.compile(net, "dorefa_w4a4", calibration=[x], progress=False)
+    assert f.float_ops == m.float_ops
+    kinds = Counter(o.kind for o in f.ops)
+    last = Counter(r.kind for r in m.history["annotate"].rows)
+    assert kinds["index_select"] == last["index_select"] > 0
 
 
 class Routed(nn.Module):
