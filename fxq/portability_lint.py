@@ -16,8 +16,8 @@ from fxq.lint_trt_graph import Graph, Node, inlined, read
 from fxq.portability_pairs import MOST, depthwise, paired, unsafe, worst
 
 Array = np.ndarray[Any, Any]
-ON_CODES = {"QLinearConv": 3, "QLinearMatMul": 3, "ConvInteger": 1, "MatMulInteger": 1, "QGemm": 3}
-"""Operations that stand for integer kernels themselves: the input that holds the weight's codes."""
+ON_CODES = {"QLinearConv": 3, "QLinearMatMul": 3, "MatMulInteger": 1, "QGemm": 3}
+"""Operations that stand for integer kernels themselves: the input that holds the weight's codes. ConvInteger multiplies in 16 bits and is none."""
 BETWEEN = ("Conv", "Gemm", "MatMul")
 """Operations that the runtime fuses with the DequantizeLinear nodes in front of them."""
 SIGNED = tuple(getattr(TensorProto, n) for n in ("INT8", "INT4", "INT2") if hasattr(TensorProto, n))
