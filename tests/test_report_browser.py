@@ -1,68 +1,24 @@
 """The HTML report in a real Chromium, opened from disk: no error in the console, no request, and what it shows is what was computed."""
 
-import os
-import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
-from playwright.sync_api import Browser, Page, ViewportSize, sync_playwright
+from playwright.sync_api import Browser, Page
 from torch import Tensor, nn
 
 import fxq
 from fxq.compiled import CompiledModel
-from fxq.pruning import Prune
-from fxq.report import NO_DATA, states
-from fxq.snapshot import History
+from tests.report_page import PHONE, Net, Opened, chromium, opened
 
-WIDE, PHONE = ViewportSize(width=1440, height=900), ViewportSize(width=390, height=844)
 EVIL = "</script><b id=evil>x</b>"
-
-
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
-
-
-class Net(nn.Module):
-    """Two blocks, a float island (sine) and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3)
-        self.layer1 = nn.Sequential(Block(8), Block(8))
-        self.head = nn.Linear(8, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.sin(self.layer1(self.stem(x)).mean((2, 3))))
-
-
-@dataclass
-class Opened:
-    """A page with all that it complained of or asked the network for."""
-
-    page: Page
-    trouble: list[str] = field(default_factory=list)
-
-    def text(self, selector: str) -> str:
-        return self.page.locator(selector).inner_text()
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    program = os.environ.get("FXQ_CHROMIUM") or shutil.which("chromium")
-    assert program, "there is no Chromium: run make browser, or set FXQ_CHROMIUM"
-    with sync_playwright() as p:
-        started = p.chromium.launch(executable_path=program, args=["--no-sandbox"])
+    with chromium() as started:
         yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")
@@ -77,17 +33,6 @@ def report(model: CompiledModel, tmp_path_factory: pytest.TempPathFactory) -> Pa
     rows = [("layer1_0_conv1", "weights", 31.5, 40.0), ("stem", "weights", 12.5, float("inf"))]
     path = tmp_path_factory.mktemp("report") / "report.html"
     return model.report(path, proof=model.verify(model.lower(), data), sensitivity=rows, bisect=["pass: convert", "node: stem"], command="fxq-lower x.py:net")
-
-
-def opened(browser: Browser, path: Path, size: ViewportSize = WIDE, scheme: str = "light") -> Opened:
-    page = browser.new_context(viewport=size, color_scheme=scheme).new_page()  # type: ignore[arg-type]
-    found = Opened(page)
-    page.on("console", lambda m: found.trouble.append(f"{m.type}: {m.text}"))
-    page.on("pageerror", lambda e: found.trouble.append(f"error: {e}"))
-    page.on("request", lambda r: None if r.url.startswith("file:") else found.trouble.append(f"request: {r.url}"))
-    page.goto(path.as_uri())
-    page.wait_for_selector("body[data-ready]")
-    return found
 
 
 @pytest.fixture
@@ -187,6 +132,30 @@ def test_modules_collapse_and_expand(shown: Opened, model: CompiledModel) -> Non
     page.select_option("#depth", "unchanged")
     mark = page.locator("#graph .node.module.changed").count()
     assert mark == 0
+
+
+def test_nodes_are_labelled_with_numbers(shown: Opened, model: CompiledModel) -> None:
+    page = shown.page
+    page.click(f'#strip [data-value="{len(model.history) - 1}"]')
+    page.select_option("#label", "sqnr")
+    labels = dict(page.locator("#graph .node:has(.value)").evaluate_all("l => l.map(n => [n.dataset.id, n.querySelector('.value').textContent])"))
+    moved = model.history["convert"].numbers
+    assert labels == {n: "exact" if m.sqnr == float("inf") else f"{m.sqnr:.1f} dB" for n, m in moved.items() if n in labels} and labels.keys() == moved.keys()
+    page.select_option("#depth", "1")
+    worst = min(m.sqnr for n, m in moved.items() if n.startswith("layer1"))
+    assert page.locator("#graph .node.module .value").text_content() == f"{worst:.1f} dB"
+    page.select_option("#label", "macs")
+    assert page.locator('#graph [data-id="stem"] .value').text_content() == "21.6 k"
+
+
+def test_the_diff_marks_what_changed_in_a_line(shown: Opened, model: CompiledModel) -> None:
+    page = shown.page
+    i = [s.name for s in model.history].index("fold-bn")
+    page.click(f'#strip [data-value="{i}"]')
+    page.click('#stage [data-value="diff"]')
+    old, new = (page.locator(f"#diff tr.{k}", has_text="%layer1_0_relu =").locator("mark").all_inner_texts() for k in ("removed", "added"))
+    rows = [{r.name: r.text for r in model.history.snapshots[j].rows}["layer1_0_relu"] for j in (i - 1, i)]
+    assert (old, new) == (["%layer1_0_bn1"], ["%layer1_0_conv1"]) and rows[0].replace(old[0], new[0]) == rows[1]
 
 
 def test_pan_zoom_and_fit(shown: Opened) -> None:
@@ -325,67 +294,4 @@ def test_strings_of_the_model_are_text_and_nothing_else(browser: Browser, tmp_pa
         tab.click()
         assert found.page.locator("#evil, main img, header img").count() == 0
     assert found.page.locator("h1").inner_text().startswith(EVIL) and found.trouble == []
-    found.page.context.close()
-
-
-def walked(found: Opened) -> None:
-    """Every tab, pass and view opens without trouble."""
-    page = found.page
-    for tab in page.locator("#tabs button").all():
-        tab.click()
-        assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]  # type: ignore[index]
-    page.click('#tabs [data-value="passes"]')
-    for i in range(page.locator("#strip button").count()):
-        page.click(f'#strip [data-value="{i}"]')
-        for view in ("graph", "diff", "numbers", "skips"):
-            page.click(f'#stage [data-value="{view}"]')
-    assert found.trouble == []
-
-
-class Chooser(nn.Module):
-    """Data decides, so that it is captured in parts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left, self.right = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.left(x)
-        return self.right(x) if float(x.sum()) > -1 else x
-
-
-def test_a_model_in_parts_has_a_choice_of_parts(browser: Browser, tmp_path: Path) -> None:
-    m = fxq.compile(Chooser().eval(), "weight_only_w8", example=torch.randn(2, 3, 4, 4), progress=False)
-    found = opened(browser, m.report(tmp_path / "parts.html", torch.randn(2, 3, 4, 4)))
-    assert found.page.locator("#section option").all_inner_texts() == ["left", "right"]
-    for i, names in enumerate(({"left.0", "0"}, {"right.0", "0"})):
-        found.page.select_option("#section", str(i))
-        found.page.click('#tabs [data-value="layers"]')
-        assert found.page.locator("#layers tbody tr td:first-child").first.inner_text() in names
-        walked(found)
-    found.page.context.close()
-
-
-@pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
-def test_a_pruned_float_net_without_activations(browser: Browser, tmp_path: Path, size: ViewportSize) -> None:
-    p = fxq.prune(Net().eval(), Prune(ratio=0.5, multiple_of=1), example=torch.randn(2, 3, 12, 12), progress=False)
-    p.history = History(p.history.snapshots)
-    found = opened(browser, p.report(tmp_path / "pruned.html"), size)
-    walked(found)
-    found.page.click('#tabs [data-value="pruning"]')
-    assert "layer1.0.conv1" in found.text("main .fxq-pruning")
-    found.page.click('#tabs [data-value="grids"]')
-    assert found.text("main .note") == NO_DATA
-    found.page.context.close()
-
-
-def test_a_graph_too_large_to_draw(browser: Browser, model: CompiledModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(states, "MOST", 3)
-    found = opened(browser, model.report(tmp_path / "large.html"))
-    assert "too large" in found.text("#graph")
-    found.page.keyboard.press("/")
-    found.page.keyboard.type("stem")
-    found.page.keyboard.press("Enter")
-    assert found.text("#panel h2") == "stem"
-    walked(found)
     found.page.context.close()

@@ -1,7 +1,7 @@
 /* Helpers, and the data as it is read: states, marks, groups. Every text goes into the page as a text node. */
 
 const SVG = 'http://www.w3.org/2000/svg';
-const S = { section: 0, pass: 0, state: 'changes', view: 'graph', tab: 'passes', node: null, query: '', collapsed: new Set(), split: false };
+const S = { section: 0, pass: 0, state: 'changes', view: 'graph', tab: 'passes', node: null, query: '', label: 'none', collapsed: new Set(), split: false };
 let D = null;
 
 function h(tag, attributes, ...children) {

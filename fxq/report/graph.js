@@ -129,12 +129,27 @@ function contents(members) {
   return [...count].sort((a, b) => b[1] - a[1]).map(([kind, n]) => `${n} ${kind}`).join(', ');
 }
 
+/* What the nodes are labelled with: of a module the worst of its nodes, or their sum */
+const LABELS = {
+  none: ['nothing', () => null],
+  sqnr: ['SQNR of this pass', (members) => worstOf(members, 0)],
+  total: ['SQNR since the float graph', (members) => worstOf(members, 3)],
+  macs: ['MACs', (members) => { const sum = section().layers.filter((l) => members.includes(l.node)).reduce((n, l) => n + l.macs, 0); return sum ? [short(sum), false] : null; }],
+};
+const LOW = 20;
+
+function worstOf(members, which) {
+  const found = members.map((m) => numbers(S.pass, m)).filter((v) => v && v[which] !== null).map((v) => v[which]).sort((a, b) => asNumber(a) - asNumber(b))[0];
+  return found === undefined ? null : [db(found) + (found === 'inf' ? '' : ' dB'), asNumber(found) < LOW];
+}
+
 function drawItem(item) {
   const one = item.row, kinds = ['added', 'removed', 'changed'].filter((k) => item.marks[k]);
   const mark = one ? kinds[0] || '' : kinds.length ? 'changed' : '';
   const runs = one ? one[RUNS] : '';
   const head = one ? one[KIND] : clip(item.group, 17) + ' ▸', side = one ? one[SIZES].replace(/[[\]]/g, '').replace(/,/g, '×') : item.members.length + ' nodes';
   const foot = one ? one[PATH] || one[NAME] : contents(item.members);
+  const value = LABELS[S.label][1](item.members);
   const label = one ? `${one[KIND]} ${one[NAME]}${mark ? ', ' + mark : ''}` : `module ${item.group}, ${item.members.length} nodes, collapsed`;
   const g = h('g', { class: `node ${one ? 'op' : 'module'} ${mark} ${runs}`, transform: `translate(${(item.x - BOX.w / 2).toFixed(1)} ${(item.y - BOX.h / 2).toFixed(1)})`, 'data-id': item.id },
     h('title', {}, label + (one ? '\n' + one[TEXT] : '')),
@@ -142,7 +157,8 @@ function drawItem(item) {
     h('rect', { class: 'band', x: 0, y: 5, width: 3, height: BOX.h - 10 }),
     h('text', { class: 'kind', x: 11, y: 16 }, one ? clip(head, 15) : head),
     h('text', { class: 'side', x: BOX.w - 8, y: 16, 'text-anchor': 'end' }, clip(side, 16)),
-    h('text', { class: 'path', x: 11, y: 31 }, one ? clip(foot, mark ? 26 : 29) : foot.length > 26 ? foot.slice(0, 25) + '…' : foot),
+    h('text', { class: 'path', x: 11, y: 31 }, one ? clip(foot, (mark ? 26 : 29) - (value ? value[0].length + 1 : 0)) : foot.length > 26 - (value ? value[0].length : 0) ? foot.slice(0, 25 - (value ? value[0].length : 0)) + '…' : foot),
+    value && h('text', { class: 'value' + (value[1] ? ' low' : ''), x: BOX.w - (mark ? 21 : 8), y: 31, 'text-anchor': 'end' }, value[0]),
     mark && h('text', { class: 'sign', x: BOX.w - 9, y: 32, 'text-anchor': 'end' }, one ? { added: '+', removed: '−', changed: '~' }[mark] : '~'));
   item.element = g;
   return g;

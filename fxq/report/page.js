@@ -74,7 +74,9 @@ function graphView() {
       h('span', { class: 'buttons' }, button('Zoom in', '+', () => zoom(1.3)), button('Zoom out', '−', () => zoom(1 / 1.3)), button('Fit the whole graph', 'Fit', fit)),
       depth > 0 && h('label', {}, 'Modules ', h('select', { id: 'depth', onchange: (e) => {
         if (e.target.value === 'unchanged') foldUnchanged(); else if (e.target.value === 'all') { S.collapsed.clear(); drawGraph(); } else foldDepth(Number(e.target.value));
-      } }, h('option', { value: 'all' }, 'expanded'), S.pass > 0 && h('option', { value: 'unchanged' }, 'collapse unchanged'), Array.from({ length: depth }, (_, i) => h('option', { value: i + 1 }, `collapse at depth ${i + 1}`))))),
+      } }, h('option', { value: 'all' }, 'expanded'), S.pass > 0 && h('option', { value: 'unchanged' }, 'collapse unchanged'), Array.from({ length: depth }, (_, i) => h('option', { value: i + 1 }, `collapse at depth ${i + 1}`)))),
+      drawn && h('label', {}, 'Label ', h('select', { id: 'label', onchange: (e) => { S.label = e.target.value; drawGraph(true); } },
+        Object.entries(LABELS).filter(([k]) => measured() || (k !== 'sqnr' && k !== 'total')).map(([k, [text]]) => h('option', { value: k, selected: k === S.label }, text))))),
     h('div', { id: 'graph', class: 'graph', tabindex: 0, role: 'group', 'aria-roledescription': 'graph', 'aria-label': `Graph at ${section().passes[S.pass].name}. Arrow keys walk along the edges, plus and minus zoom, 0 fits, c collapses, e expands.`, ...mouse(), onkeydown: graphKey }),
     h('div', { class: 'key' }, h('span', { class: 'swatch int' }), 'integer', h('span', { class: 'swatch float' }), 'float', S.pass > 0 && [h('span', { class: 'mark added' }, '+ added'), h('span', { class: 'mark removed' }, '− removed'), h('span', { class: 'mark changed' }, '~ changed')], h('span', { class: 'muted' }, 'double click: collapse or expand')));
 }

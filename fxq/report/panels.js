@@ -9,6 +9,8 @@ function fact(label, value, kind = '') {
 
 function panel() {
   const aside = $('panel');
+  if (aside.dataset.node !== String(S.node)) aside.scrollTop = 0;
+  aside.dataset.node = S.node;
   if (!S.node) { fill(aside, h('h2', { tabindex: -1 }, 'Node'), h('p', { class: 'muted' }, 'Choose a node in the graph, in a table or by searching (press /).'), worst()); return; }
   const name = S.node, row = rowOf(name), s = section();
   if (!row) { fill(aside, h('h2', { tabindex: -1 }, name), h('p', { class: 'muted' }, 'This name is no node of the recorded graphs.')); return; }

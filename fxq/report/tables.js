@@ -12,7 +12,7 @@ function table(columns, rows, options = {}) {
       const [i, sign] = order, value = columns[i].value;
       list = [...list].sort((a, b) => { const x = value(a), y = value(b); return sign * (typeof x === 'number' && typeof y === 'number' ? x - y || 0 : String(x).localeCompare(String(y))); });
     }
-    count.textContent = list.length === rows.length ? `${rows.length} rows` : `${list.length} of ${rows.length} rows`;
+    count.textContent = list.length === rows.length ? `${rows.length} row${rows.length === 1 ? '' : 's'}` : `${list.length} of ${rows.length} rows`;
     fill(body, list.slice(0, MOST_ROWS).map((r) => h('tr', { class: options.rowClass ? options.rowClass(r) : null }, columns.map((c) => h('td', { class: [c.right ? 'n' : '', c.className || ''].join(' ').trim() || null }, c.show ? c.show(r) : String(c.value(r)))))));
     heads.forEach((t, i) => t.setAttribute('aria-sort', order && order[0] === i ? (order[1] > 0 ? 'ascending' : 'descending') : 'none'));
   };

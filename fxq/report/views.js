@@ -22,6 +22,17 @@ function paired(old, fresh, name) {
   return lines;
 }
 
+/* A line with what it does not share with the other one marked: all but the common front and end, in whole words */
+function changed(text, other) {
+  if (other === undefined || other === text) return text;
+  const a = text.split(/(?<=[\s,(){}<>@])|(?=[\s,(){}<>@])/), b = other.split(/(?<=[\s,(){}<>@])|(?=[\s,(){}<>@])/);
+  let front = 0, end = 0;
+  while (front < a.length && front < b.length && a[front] === b[front]) front++;
+  while (end < a.length - front && end < b.length - front && a[a.length - 1 - end] === b[b.length - 1 - end]) end++;
+  const middle = a.slice(front, a.length - end).join('');
+  return [a.slice(0, front).join(''), middle && h('mark', {}, middle), a.slice(a.length - end).join('')];
+}
+
 /* The text diff, from the edits that the states are stored as */
 function diffView() {
   const s = section(), pass = s.passes[S.pass], before = S.pass ? s.states[S.pass - 1] : [], text = (id) => s.rows[id][TEXT];
@@ -38,21 +49,21 @@ function diffView() {
     equal(start, n === 0, false);
     for (const [a, b] of paired(before.slice(start, start + gone), come, (id) => s.rows[id][NAME])) {
       const [old, fresh] = [a, b].map((id) => (id === undefined ? undefined : text(id)));
-      if (S.split) put('≠', old, fresh); else { if (old !== undefined) put('-', old); if (fresh !== undefined) put('+', fresh); }
+      if (S.split) put('≠', old, fresh); else { if (old !== undefined) put('-', old, fresh); if (fresh !== undefined) put('+', fresh, old); }
     }
     at = start + gone;
   });
   equal(before.length, !pass.edits.length, true);
   if (!pass.edits.length) return [h('p', { class: 'note' }, 'This pass changed nothing.')];
-  const cell = (t, kind) => h('td', { class: 'code ' + (t === undefined ? 'none' : kind) }, t === undefined ? '' : t);
+  const cell = (t, other, kind) => h('td', { class: 'code ' + (t === undefined ? 'none' : kind) }, t === undefined ? '' : changed(t, other));
   const draw = ([sign, old, fresh]) => {
     if (sign === '…') {
       const row = h('tr', { class: 'gap' }, h('td', { colspan: 2 }, h('button', { class: 'link', type: 'button', onclick: () => row.replaceWith(...fresh.map((id) => draw(['=', text(id), text(id)]))) }, old)));
       return row;
     }
-    if (S.split) return h('tr', {}, cell(old, sign === '=' ? '' : 'removed'), cell(fresh, sign === '=' ? '' : 'added'));
+    if (S.split) return h('tr', {}, cell(old, fresh, sign === '=' ? '' : 'removed'), cell(fresh, old, sign === '=' ? '' : 'added'));
     const kind = { '-': 'removed', '+': 'added', '=': '' }[sign];
-    return h('tr', { class: kind }, h('td', { class: 'sign', 'aria-label': kind }, sign === '=' ? '' : sign), h('td', { class: 'code' }, old));
+    return h('tr', { class: kind }, h('td', { class: 'sign', 'aria-label': kind }, sign === '=' ? '' : sign), h('td', { class: 'code' }, changed(old, fresh)));
   };
   return [h('div', { class: 'tools' }, S.pass > 0 && switcher), h('div', { class: 'wide diff' + (S.split ? ' split' : ''), tabindex: 0, role: 'region', 'aria-label': 'Text diff' }, h('table', { id: 'diff' }, h('tbody', {}, lines.map(draw))))];
 }
