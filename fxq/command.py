@@ -25,7 +25,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The subcommands of ``fxq`` and their options."""
-    p = _Parser("fxq", description="Check and repair quantized ONNX files.")
+    p = _Parser("fxq", description="Look at models before quantization; check and repair quantized ONNX files.")
     commands = p.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
     lint = commands.add_parser("lint", help="what a runtime will run in integers, reject or compute otherwise", description=_lint.__doc__)
     lint.add_argument("file", metavar="FILE.onnx")
