@@ -9,13 +9,13 @@ capability 8.6. A node counts where it is in the runtime's report; positive is i
 from __future__ import annotations
 
 import argparse
-import gc
 import json
+import multiprocessing
 import os
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +146,30 @@ def quick_first() -> list[str]:
     return sorted(torchvision.models.list_models(), key=lambda name: known.get(name, {}).get("s", 0.0))
 
 
+def apart(run: Callable[[str], dict[str, Any]], name: str) -> dict[str, Any]:
+    """A row, made in a process of its own: a runtime can crash."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(there, run, name))
+    process.start()
+    there.close()
+    try:
+        row: dict[str, Any] = here.recv()
+    except EOFError:
+        process.join()
+        row = {"failed": f"the process ended with {process.exitcode}"}
+    process.join()
+    return row
+
+
+def _send(pipe: Any, run: Callable[[str], dict[str, Any]], name: str) -> None:
+    try:
+        row = run(name)
+    except Exception as e:
+        row = {"failed": common.short(f"{type(e).__name__}: {e}")}
+    pipe.send(row)
+
+
 def main() -> None:
     p = argparse.ArgumentParser()
     p.add_argument("--fresh", action="store_true")
@@ -163,13 +187,8 @@ def main() -> None:
         if name + mark in table.rows and not a.redo:
             continue
         start = time.perf_counter()
-        try:
-            row = run(name)
-        except Exception as e:
-            row = {"failed": common.short(f"{type(e).__name__}: {e}")}
-        table.put(name + mark, row | {"s": round(time.perf_counter() - start, 1)})
+        table.put(name + mark, apart(run, name) | {"s": round(time.perf_counter() - start, 1)})
         table.write(summary(table.rows))
-        gc.collect()
     table.write(summary(table.rows))
 
 

@@ -41,7 +41,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p}.md" for p in "quickstart schemes tensorrt training pruning doctor interop".split())])
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p}.md" for p in "quickstart schemes tensorrt training pruning doctor interop portability lint".split())])
 def test_python_blocks_run(page: str, here: Path) -> None:
     torch.manual_seed(0)
     names: dict[str, object] = {}
@@ -73,6 +73,14 @@ def test_commands_of_the_doctor_page_run(here: Path, capsys: pytest.CaptureFixtu
     assert [shlex.split(line)[1:3] for line in lines] == [["fxq", "doctor"]] * 4
     for line in lines:
         assert command.main(shlex.split(line)[2:]) == 0 and "onnxruntime" in capsys.readouterr().out, line
+
+
+def test_commands_of_the_lint_page_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, *lines = [shlex.split(line) for block in blocks("docs/lint.md", "console") for line in block.splitlines() if line]
+    assert first[1] == "fxq-lower" and cli.main(first[2:]) == 0
+    assert [line[1:3] for line in lines] == [["fxq", "lint"]] * 3
+    for line in lines:
+        assert command.main(line[2:]) == 0 and "int8" in capsys.readouterr().out, line
 
 
 def test_commands_of_the_tensorrt_page_run(here: Path) -> None:
