@@ -189,6 +189,9 @@ def test_the_keyboard_walks_passes_and_nodes(shown: Opened, model: CompiledModel
     assert page.evaluate("document.activeElement.dataset.value") == "2" and shown.text("#stage h2") == model.history.snapshots[2].name
     page.keyboard.press("]")
     assert shown.text("#stage h2") == model.history.snapshots[3].name
+    page.keyboard.press("[")
+    assert shown.text("#stage h2") == model.history.snapshots[2].name
+    page.keyboard.press("]")
     page.locator("#graph").focus()
     page.keyboard.press("ArrowDown")
     first = shown.text("#panel h2")
