@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxq import admission, doctor_health, schemes, targets
+from fxq import admission, doctor_health, schemes, tables_html, targets
 from fxq.calibration import Batches
 from fxq.doctor_health import Finding
 from fxq.doctor_machine import Machine, Package, machine, packages
@@ -127,6 +127,9 @@ class Diagnosis:
 
     def __str__(self) -> str:
         return "\n".join(line for head, lines in self.sections() for line in (head, *(f"  {text}" for text in lines)))
+
+    def _repr_html_(self) -> str:
+        return "".join(tables_html.listing(head, lines) for head, lines in self.sections())
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``json.dump``."""

@@ -158,7 +158,7 @@ NEEDS = (
     Need("rich", "the progress bar", "fxq", "", "15.0.0", True),
     Need("tensorrt-rtx", "TensorRT engines, built on any machine", "fxq[tensorrt]", "1.7.1", "1.7.1.116"),
     Need("tensorrt", "TensorRT engines, built and run on this machine's GPU", "tensorrt"),
-    Need("openvino", "runs files in OpenVINO", "openvino"),
+    Need("openvino", "runs files in OpenVINO", "openvino", "", "2026.4.1"),
     Need("numba", "compiled bitwise kernels", "fxq[bitwise]"),
     Need("timm", "models timm:NAME", "timm"),
     Need("matplotlib", "charts in reports", "fxq[report]", "", "3.11.2"),

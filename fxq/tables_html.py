@@ -37,6 +37,11 @@ def folded(summary: str, body: str) -> str:
     return f"<details><summary>{html.escape(summary)}</summary>{body}</details>"
 
 
+def listing(head: str, lines: Sequence[str]) -> str:
+    """A heading and lines that keep their spaces."""
+    return f"<h4>{html.escape(head)}</h4><pre>{html.escape(chr(10).join(lines))}</pre>"
+
+
 def of_history(history: Any) -> str:
     """A line a pass (:class:`fxq.snapshot.History`); what passes left alone opens on a click."""
     rows = [(s.name, s.rewrites, s.nodes, f"{s.ms:.1f}", "-" if s.moved is None else f"{s.moved:.2e}" if s.moved else "0") for s in history]

@@ -1,6 +1,5 @@
 """Netron shows recorded graphs and lowered files: served here, opened in a headless Chromium that may reach nothing but this machine."""
 
-import shutil
 import socket
 from collections import Counter
 from collections.abc import Iterator
@@ -11,10 +10,11 @@ import netron
 import onnx
 import pytest
 import torch
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 import fxq
 from fxq import zoo
+from tests.report_page import chromium
 
 KEEP_EVAL = "const own = window.eval; Object.defineProperty(window, 'eval', {get: () => own, set: () => {}})"
 """Netron takes ``window.eval`` away, with which Playwright reads a page."""
@@ -29,12 +29,8 @@ def compiled() -> fxq.CompiledModel:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    found = shutil.which("chromium") or shutil.which("chromium-browser")
-    assert found, "the test needs Chromium: apt-get install chromium"
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+    with chromium() as started:
+        yield started
 
 
 @contextmanager

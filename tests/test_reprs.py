@@ -139,6 +139,13 @@ def test_a_trt_report(compiled: fxq.CompiledModel) -> None:
     assert found[-1][:3] == [report.ops[-1].node, report.ops[-1].op, report.ops[-1].runs]
 
 
+def test_a_diagnosis() -> None:
+    found = fxq.doctor(Net().eval(), X, name=EVIL)
+    text = found._repr_html_()
+    assert "script" not in Cells(text).tags and html.escape(EVIL) in text
+    assert html.unescape(re.sub(r"<[^>]+>", "\n", text)).split() == str(found).split()
+
+
 def test_a_table_must_be_whole() -> None:
     assert tables_html.table(("a",), [[1], ["<"]], "c & d").count("&") == 2
     with pytest.raises(ValueError, match="zip"):
