@@ -9,6 +9,7 @@ Model Explorer is a heavy package with pins of its own: install it (`pip install
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import socket
@@ -91,7 +92,7 @@ def main() -> None:
     p.add_argument("--model-explorer", default="model-explorer", metavar="COMMAND")
     p.add_argument("names", nargs="*")
     a = p.parse_args()
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    chromium = os.environ.get("FXQ_CHROMIUM") or shutil.which("chromium")
     table = common.Table("viewers", "Recorded graphs in Netron and Model Explorer", True)
     with sync_playwright() as play, tempfile.TemporaryDirectory() as tmp:
         browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist"])

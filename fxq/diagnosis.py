@@ -15,6 +15,7 @@ from torch import nn
 
 from fxq import admission, doctor_health, schemes, tables_html, targets
 from fxq.calibration import Batches
+from fxq.compiled import CompiledModel
 from fxq.doctor_health import Finding
 from fxq.doctor_machine import Machine, Package, machine, packages
 from fxq.doctor_plan import Forecast, forecast, refused
@@ -22,6 +23,7 @@ from fxq.errors import CalibrationError, FxqError, TargetError, TraceError
 from fxq.exported import program_module
 from fxq.heap import young
 from fxq.lint_trt_report import TrtReport
+from fxq.pruned import PrunedModel
 from fxq.schemes import Scheme
 from fxq.targets import Target
 from fxq.trace import Captured, capture
@@ -195,6 +197,7 @@ def _of_model(
         example = model.example_inputs[0] if example is None and model.example_inputs else example
         model = program_module(model)
     net = admission.unwrapped(model)
+    net = net.root if isinstance(net, PrunedModel) else net
     findings = _health(net)
     base = replace(base, model=name or type(net).__name__, findings=tuple(findings))
     if any(f.level == "stop" for f in findings):
@@ -214,6 +217,8 @@ def _of_model(
 def _health(net: Any) -> list[Finding]:
     """Findings of a model, and what :func:`fxq.compile` would refuse it for."""
     findings = doctor_health.of_model(net) if isinstance(net, nn.Module) else []
+    if isinstance(net, CompiledModel):
+        return [Finding("stop", "model", (), "the model is compiled already", "Give the float model that it was made from")]
     if not any(f.level == "stop" for f in findings):
         try:
             admission.check_model(net)

@@ -131,5 +131,14 @@ def test_what_compile_refuses_stops(model: Callable[[], Any], words: str) -> Non
     assert not found.ok and words in found.stops[0] and found.capture is None
 
 
+def test_compiled_and_pruned_models() -> None:
+    found = fxq.doctor(fxq.compile(net(), "int8", calibration=X, progress=False), X)
+    assert found.stops == ["stop [model] the model is compiled already. Give the float model that it was made from"]
+    pruned = fxq.prune(net(), fxq.Prune(ratio=0.5, multiple_of=4), example=X, progress=False)
+    (forecast,) = fxq.doctor(pruned, X).forecasts
+    assert forecast.float_ops == fxq.compile(pruned, "int8", calibration=X, progress=False).float_ops
+    assert forecast.macs[1] < fxq.doctor(net(), X).forecasts[0].macs[1]
+
+
 def test_a_wrapped_model_is_looked_at() -> None:
     assert fxq.doctor(nn.DataParallel(net()), X).ok

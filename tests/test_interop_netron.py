@@ -48,7 +48,7 @@ def opened(browser: Browser, file: Path) -> Iterator[Page]:
         context.add_init_script(KEEP_EVAL)
         page = context.new_page()
         page.goto(here)
-        page.wait_for_selector("g.node", state="attached", timeout=30_000)
+        page.wait_for_selector("g.node", state="attached", timeout=60_000)
         yield page
     finally:
         context.close()
