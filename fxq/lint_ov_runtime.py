@@ -45,6 +45,11 @@ class Layer:
         return self.precision in BITS and (self.kind not in POINTWISE)
 
     @property
+    def dequantizes(self) -> bool:
+        """It holds what a dequantization was made into; its name is then that of the Q."""
+        return any(name.startswith("Convert_") for name in self.others)
+
+    @property
     def kernel(self) -> str:
         """Its kind; weights alone in codes are told apart."""
         return WEIGHTS_ONLY if self.kind == "FullyConnected" and self.reads not in BITS else self.kind
@@ -208,7 +213,8 @@ class Truth:
         op = self.ops[index]
         own = self.by_node.get(index)
         if own:
-            return any(not layer.integer for layer in own)
+            taken = any(layer.integer for layer in own)
+            return any(not layer.integer and not (taken and layer.dequantizes) for layer in own)
         moved = self._moved_up(op, "FakeQuantize")
         if moved is not None:
             return not moved.integer

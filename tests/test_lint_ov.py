@@ -175,6 +175,20 @@ def test_refused_by_the_runtime_is_not_called_integer() -> None:
         report(model)
 
 
+def test_crash_of_the_runtime_is_named() -> None:
+    """Not run here: OpenVINO 2026.4.1 ends the process with a segmentation fault when it compiles this file."""
+
+    def build(g: Any, scale: Any, kind: str, grid: str) -> str:
+        y = g.qdq(g.op("Concat", *(g.qdq(conv(g, g.qdq(image(g)), seed)) for seed in (0, 1)), axis=1), grid)
+        return str(g.qdq(g.op("Relu", g.op(kind, y, *([g.const(scale)] if kind == "Mul" else []))), "u8z"))
+
+    def why(*options: Any) -> str:
+        return [o.why for o in lint(graph(lambda g: build(g, *options)), "openvino").ops if o.op in ("Mul", "Sigmoid")][0]
+
+    assert "OpenVINO 2026.4.1 crashes" in why(np.float32(3), "Mul", "u8")
+    assert "crashes" not in why(np.float32(3), "Mul", "s8") + why(None, "Sigmoid", "u8")
+
+
 def test_report_as_text_and_json() -> None:
     predicted: Any = lint(zoo.unary("Sigmoid"), "openvino")
     assert isinstance(predicted, LintReport)
