@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import tempfile
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Literal, overload
 
 import onnx
+from onnx import external_data_helper
 
 from fxq import lint_ov, lint_trt
 from fxq.errors import ArtifactError, TargetError, nearest
@@ -26,6 +28,8 @@ TARGETS = {"onnxruntime": "ONNX Runtime, CPU provider, all optimizations", lint_
 __all__ = ["GONE", "TARGETS", "LintReport", "OpReport", "agrees", "compute_nodes", "lint", "load", "optimize", "runtime_report"]
 TYPED_LIKE_INPUT = {*ON_CODES, "Clip", "Pad"}
 BLOCKED = "_nchwc"
+SMALL = 1 << 20
+"""Elements of the largest tensor beside the file that is read: scales and zero points are small."""
 Source = bytes | str | os.PathLike[str] | onnx.ModelProto
 
 
@@ -48,13 +52,14 @@ def lint(model: Source, target: str = "onnxruntime") -> LintReport | TrtReport:
 
     Raises:
         TargetError: for an unknown target; the nearest one is offered.
-        ArtifactError: when the file cannot be read.
+        ArtifactError: when the file cannot be read, or scales that are stored beside it.
     """
     if target not in TARGETS:
         raise TargetError(f"no lint rules for target {target!r}", way_out=nearest(target, TARGETS))
     proto = load(model)
     if target in lint_trt.CAPABILITIES:
         return lint_trt.check(proto, target, folder=os.path.dirname(model) if isinstance(model, (str, os.PathLike)) else None)
+    _read_beside(proto, model)
     net = Net(proto)
     if target == lint_ov.TARGET:
         return lint_ov.check(net)
@@ -74,6 +79,19 @@ def lint(model: Source, target: str = "onnxruntime") -> LintReport | TrtReport:
     carriers = {index: op for op in sorted(net.ops, key=lambda op: op.alive) for index in op.origins if op.alive or op.is_q}
     ops = tuple(_predicted(net, index, op, carriers.get(index)) for index, op in nodes.items() if index in carriers)
     return LintReport(ops, sum(op.is_q for op in net), sum(op.is_dq for op in net), tuple(_left(net)))
+
+
+def _read_beside(proto: onnx.ModelProto, model: Source) -> None:
+    """Read scales and zero points that are stored in another file."""
+    beside = [t for t in proto.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL and math.prod(t.dims) <= SMALL]
+    where = "" if isinstance(model, (bytes, onnx.ModelProto)) else os.fspath(model)
+    for tensor in beside:
+        try:
+            external_data_helper.load_external_data_for_tensor(tensor, os.path.dirname(where))
+        except (OSError, ValueError, onnx.checker.ValidationError) as e:
+            raise ArtifactError(f"its weights cannot be read: {e}", where=where, way_out="Put their files beside the model, and give its path") from e
+        tensor.data_location = onnx.TensorProto.DEFAULT
+        del tensor.external_data[:]
 
 
 def _left(net: Net) -> Iterator[tuple[str, str]]:

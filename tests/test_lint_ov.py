@@ -199,6 +199,16 @@ def test_report_as_text_and_json() -> None:
     assert predicted.leftovers().splitlines()[2] == "  left: n9, Sigmoid n11, which runs in float, reads it"
 
 
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_weights_beside_the_file(target: str, tmp_path: Path) -> None:
+    path = tmp_path / "net.onnx"
+    onnx.save(zoo.conv(), path, save_as_external_data=True, size_threshold=0, location="weights.bin")
+    assert lint(path, target) == lint(zoo.conv(), target)
+    (tmp_path / "weights.bin").unlink()
+    with pytest.raises(ArtifactError, match="its weights cannot be read"):
+        lint(path, target)
+
+
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1"])
 def test_own_artifacts(name: str) -> None:
     torch.manual_seed(0)
