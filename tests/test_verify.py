@@ -29,15 +29,15 @@ def faults(name: str, gm: GraphModule) -> list[tuple[str, str]]:
     return [(node.name, fault) for node, fault in INVARIANTS[name](gm)]
 
 
-def compiled() -> GraphModule:
+def compiled(portable: bool = False) -> GraphModule:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).eval()
-    return fxq.compile(model, calibration=X).graph_module
+    return fxq.compile(model, calibration=X, portable=portable).graph_module
 
 
 @pytest.mark.parametrize("name", [n for n in INVARIANTS])
 def test_they_hold_after_compilation(name: str) -> None:
-    assert faults(name, compiled()) == []
+    assert faults(name, compiled(name == "portable")) == []
 
 
 def test_dropout_and_modules_that_are_called_twice_are_not_canonical() -> None:
