@@ -32,6 +32,8 @@ from fxq import zoo
 from fxq.compiled import CompiledModel
 
 NETS = ("resnet50", "mobilenet_v3_small", "swin_t", "nin_gc", "chain_1000")
+PROVEN = ("mobilenet_v3_small", "nin_gc")
+"""Small nets, whose artifact is verified first, so that the page shows the proof."""
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 SIZE = {"width": 1440, "height": 900}
 SHOWN = {
@@ -118,7 +120,7 @@ def picture(browser: Browser, shown: Path, name: str) -> None:
 
 def row(m: CompiledModel, x: Tensor, name: str, browser: Browser, folder: Path, rounds: int, pictures: bool) -> dict[str, Any]:
     """Make, open, click."""
-    proof = m.verify(m.lower(), x[:1])
+    proof = m.verify(m.lower(), x[:1]) if name in PROVEN else None
     start = time.perf_counter()
     path = m.report(folder / f"{name}.html", x, title=name, proof=proof)
     made, trouble, seconds = time.perf_counter() - start, list[str](), []
@@ -139,7 +141,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--fresh", action="store_true", help="forget all finished rows")
     p.add_argument("--pictures", action="store_true", help="write docs/report_NET.png")
-    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--rounds", type=int, default=3)
     p.add_argument("names", nargs="*", metavar="nets")
     a = p.parse_args()
     warnings.filterwarnings("ignore")

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -318,3 +319,13 @@ def test_the_page_about_it_is_true(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     options = {o for a in cli.parser()._actions for o in a.option_strings}
     (line,) = re.findall(r"^\$ fxq-lower (.*)$", text, re.MULTILINE)
     assert set(re.findall(r"--?[a-z][\w-]*", line)) <= options
+
+
+def test_sensitivity_is_ranked_with_what_the_metric_loses(model: CompiledModel, tmp_path: Path) -> None:
+    found = model.sensitivity(torch.randn(4, 3, 10, 10))
+    made = data_of(model.report(tmp_path / "r.html", sensitivity=found))["sensitivity"]
+    assert [r[0] for r in made["rows"]] == [r.name for r in sorted(found.rows, key=lambda r: r.alone)] and made["metric"] == ""
+    assert {(r[0], r[1]): r[2:4] for r in made["rows"]} == {(n, w): [states.number(a), states.number(o)] for n, w, a, o in found}
+    given = replace(found, rows=tuple(replace(r, drop_alone=i / 8, drop_without=i / 4) for i, r in enumerate(found.rows)), metric="accuracy")
+    made = data_of(model.report(tmp_path / "m.html", sensitivity=given))["sensitivity"]
+    assert sorted(r[4:] for r in made["rows"]) == [[i / 8, i / 4] for i in range(len(found.rows))] and made["metric"] == "accuracy"

@@ -30,7 +30,7 @@ def model() -> CompiledModel:
 @pytest.fixture(scope="module")
 def report(model: CompiledModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = torch.randn(8, 3, 12, 12)
-    rows = [("layer1_0_conv1", "weights", 31.5, 40.0), ("stem", "weights", 12.5, float("inf"))]
+    rows = [("layer1.0.conv1", "weights", 31.5, 40.0), ("stem", "weights", 12.5, float("inf"))]
     path = tmp_path_factory.mktemp("report") / "report.html"
     return model.report(path, proof=model.verify(model.lower(), data), sensitivity=rows, bisect=["pass: convert", "node: stem"], command="fxq-lower x.py:net")
 
@@ -256,7 +256,9 @@ def test_proof_bisection_sensitivity_and_how_it_was_made(shown: Opened, model: C
     assert "0 of" in shown.text("#proof") and shown.text("#bisect") == "pass: convert\nnode: stem"
     page.click('#tabs [data-value="sensitivity"]')
     ranked = [[c.strip() for c in r.split("\t")[1:5]] for r in page.locator("#sensitivity tbody tr").all_inner_texts()]
-    assert ranked == [["stem", "weights", "12.5", "exact"], ["layer1_0_conv1", "weights", "31.5", "40.0"]]
+    assert ranked == [["stem", "weights", "12.5", "exact"], ["layer1.0.conv1", "weights", "31.5", "40.0"]]
+    page.click("#sensitivity >> text=layer1.0.conv1")
+    assert shown.text("#panel h2") == "layer1_0_conv1"
     page.click('#tabs [data-value="about"]')
     about = shown.text("main")
     assert "fxq-lower x.py:net" in about and torch.__version__.split("+")[0] in about and model.scheme.name in about

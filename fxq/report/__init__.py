@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from torch import nn
@@ -50,7 +51,7 @@ def render(
     target: Target,
     proof: Any = None,
     command: str | None = None,
-    sensitivity: Sequence[tuple[str, str, float, float]] | None = None,
+    sensitivity: Iterable[tuple[str, str, float, float]] | None = None,
     bisect: Any = None,
     notes: Sequence[str] = (),
     extra: str = "",
@@ -65,7 +66,8 @@ def render(
         scheme, target: what it was compiled for.
         proof: result of ``verify`` (``ok``, and words by ``str``), or ``None``.
         command: the command line that made it.
-        sensitivity: rows ``(name, what, dB when it alone is quantized, dB when all but it are)``; they are ranked by the first number.
+        sensitivity: rows ``(name, what, dB when it alone is quantized, dB when all but it are)``, ranked here by the first number; what has ``rows`` with
+            ``drop_alone`` and ``drop_without`` shows how much the metric ``metric`` loses, too.
         bisect: a verdict: its lines, or what gives them by ``str``.
         notes: how the model was captured, what it is specialised to.
         extra: a finished HTML fragment (what pruning did).
@@ -86,15 +88,19 @@ def render(
     data = {
         "title": title, "scheme": scheme.name, "target": target.name, "about": {**about, "command": command or "", "versions": facts.versions()},
         "notes": list(notes), "sections": parts, "proof": None if proof is None else {"ok": bool(proof.ok), "text": str(proof)},
-        "sensitivity": None if sensitivity is None else [[n, w, states.number(a), states.number(o)] for n, w, a, o in _ranked(sensitivity)],
+        "sensitivity": None if sensitivity is None else _sensitivity(sensitivity),
         "bisect": None if bisect is None else [str(line) for line in bisect] if isinstance(bisect, (list, tuple)) else str(bisect).splitlines(),
     }  # fmt: skip
     return page(data, made=made, extra=extra)
 
 
-def _ranked(rows: Sequence[tuple[str, str, float, float]]) -> list[tuple[str, str, float, float]]:
-    """The most sensitive first; NaN before all."""
-    return sorted(rows, key=lambda r: -math.inf if math.isnan(r[2]) else r[2])
+def _sensitivity(given: Iterable[tuple[str, str, float, float]]) -> dict[str, Any]:
+    """Rows with the two drops of the metric behind them, the most sensitive first; NaN before all."""
+    drops = [(getattr(r, "drop_alone", None), getattr(r, "drop_without", None)) for r in getattr(given, "rows", ())]
+    rows = [(*r, *d) for r, d in zip_longest(given, drops, fillvalue=(None, None))]
+    rows.sort(key=lambda r: -math.inf if math.isnan(r[2]) else r[2])
+    shown = [[name, what, *map(states.number, numbers)] for name, what, *numbers in rows]
+    return {"rows": shown, "metric": str(getattr(given, "metric", None) or "")}
 
 
 def _section(s: Section, activations: dict[str, dict[str, Any]]) -> dict[str, Any]:

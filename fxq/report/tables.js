@@ -98,14 +98,15 @@ function gridsTab() {
 }
 
 function sensitivityTab() {
-  const rows = D.sensitivity, finite = rows.map((r) => asNumber(r[2])).filter(Number.isFinite), top = Math.max(...finite, 1);
+  const rows = D.sensitivity.rows, metric = D.sensitivity.metric, dropped = rows.some((r) => r[4] !== null), last = [...nodes(section().final).values()], finite = rows.map((r) => asNumber(r[2])).filter(Number.isFinite), top = Math.max(...finite, 1);
   return [h('h2', {}, 'Sensitivity'), h('p', { class: 'lead' }, 'SQNR of the output when only this one is quantized, and when all but this one are. The most sensitive is first.'),
     table([
       { title: 'rank', value: (r) => rows.indexOf(r) + 1, right: true, rising: true },
-      { title: 'name', value: (r) => r[0], show: (r) => (rowOf(r[0]) ? nodeLink(r[0], { stay: true }) : h('span', { class: 'mono' }, r[0])) },
+      { title: 'name', value: (r) => r[0], show: (r) => { const row = nodes(section().final).get(r[0]) || last.find((n) => n[PATH] === r[0]) || last.find((n) => n[GRID] === r[0]); return row ? nodeLink(row[NAME], { stay: true }, r[0]) : h('span', { class: 'mono' }, r[0]); } },
       { title: 'what', value: (r) => r[1] },
       { title: 'alone dB', value: (r) => asNumber(r[2]), right: true, rising: true, show: (r) => withBar(db(r[2]), Number.isFinite(asNumber(r[2])) ? asNumber(r[2]) : asNumber(r[2]) > 0 ? top : 0, top, 'int') },
       { title: 'all but it dB', value: (r) => asNumber(r[3]), right: true, show: (r) => db(r[3]) },
+      ...(dropped ? [[4, 'alone'], [5, 'all but it']].map(([i, text]) => ({ title: `${metric} lost, ${text}`, value: (r) => asNumber(r[i]), right: true, show: (r) => num(r[i], 3) })) : []),
     ], rows, { id: 'sensitivity' })];
 }
 
