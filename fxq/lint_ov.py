@@ -218,7 +218,7 @@ class Walk:
         if bare is not None and not rounds:
             return self.floating(op, f"{bare} does not come from 8-bit codes, and no QuantizeLinear alone reads it")
         first = codes[0]
-        if rounds and (host := self._taken_in_front(op)) is not None:
+        if rounds and (host := self._taken_in_front(op, edges[0][0])) is not None:
             return self.integer(op, KERNEL[op.op], Value(host=host, view="transpose", apart=self._one_by_one(op)))
         if bare is not None or first is None:
             return self.integer(op, KERNEL[op.op], Value(apart=self._one_by_one(op), joined=rounds))
@@ -227,15 +227,16 @@ class Walk:
         one = len({c.grid for c in codes if c is not None}) == 1
         return self.integer(op, KERNEL[op.op], Value(first if one else Codes(first.kind, None, None), joined=rounds))
 
-    def _taken_in_front(self, op: Op) -> Host | None:
-        """A layer that gives an input, when layers give all of them and can take a Q each."""
-        hosts = []
+    def _taken_in_front(self, op: Op, q: Op) -> Host | None:
+        """A layer that gives an input and takes the Q behind the concatenation, when the other inputs come from such layers too, or are on its grid."""
+        hosts, grid = [], codes_of(self.net, q)
         for name in op.inputs:
             value = self.value(name)
-            if value.host is None or not value.host.integer or value.rounded or value.view or not self.alone(name):
+            if value.host is not None and value.host.integer and not value.rounded and not value.view and self.alone(name):
+                hosts.append(value.host)
+            elif value.codes is None or grid is None or value.codes.grid != grid.grid or grid.zero != 0:
                 return None
-            hosts.append(value.host)
-        return hosts[0]
+        return hosts[0] if hosts else None
 
     def _one_by_one(self, op: Op) -> bool:
         """The inputs of a concatenation keep their grids, equal or not: it is along another dimension than the channels', of known size."""
