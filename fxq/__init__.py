@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "compile": "fxq.api",
+    "Budget": "fxq.mixed",
     "prune": "fxq.prune_model",
     "Prune": "fxq.pruning",
     "sensitivity": "fxq.group_sensitivity",
@@ -22,7 +23,7 @@ _PUBLIC = {
     "QParams": "fxq.spec",
     "FxqError": "fxq.errors",
 }
-_MODULES = ("sparsity",)
+_MODULES = ("portability", "sparsity")
 """Modules that a user names behind ``import fxq`` alone."""
 __all__ = [*_PUBLIC, "__version__"]
 

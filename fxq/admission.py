@@ -119,3 +119,15 @@ def _way_out(inputs: tuple[Any, ...]) -> str:
     if odd and odd[0] in (torch.uint8, torch.bool):
         return "Convert the data to float and normalise it as in training"
     return "Give the tensors that forward takes; dimension 0 is the batch"
+
+
+def require_budget(scheme: Scheme, mode: str) -> None:
+    """Refuse a budget where bits cannot be chosen layer by layer.
+
+    Raises:
+        SchemeError: the scheme has no integer weights with a range, or is trained.
+    """
+    if mode == "qat" or scheme.trains:
+        raise SchemeError("bits are chosen after training", way_out="Leave mode='qat' out, or choose a scheme with fewer bits for all layers")
+    if scheme.method != "static" or scheme.weight is None or scheme.weight.kind != "affine" or scheme.weight.block is not None:
+        raise SchemeError(f"the scheme {scheme.name!r} has no integer weights whose bits can be chosen", way_out="Use scheme='iao_w8a8'")

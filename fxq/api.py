@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +42,7 @@ from fxq.trace import Captured, capture, resized
 from fxq.trainable import TrainableModel
 
 if TYPE_CHECKING:
+    from fxq.mixed import Budget
     from fxq.prune_report import PruneReport
     from fxq.pruning import Prune
 
@@ -102,6 +103,7 @@ def compile(
     portable: bool = False,
     states: bool = True,
     numbers: bool = False,
+    budget: Budget | None = None,
 ) -> CompiledModel:
     """Capture ``model`` (a copy), rewrite it for ``target`` and quantize it, after training or to be trained.
 
@@ -123,6 +125,8 @@ def compile(
         states: keep the graph after every pass (``m.history.graph(name)``, ``m.bisect``); they share all that a pass left alone, and hold the float
             weights that it replaced until ``m.history.release()``.
         numbers: measure how far every value moves in every pass (``m.history.numbers(name)``): one run of the first inputs a pass.
+        budget: bits of each layer's weights under a limit (:class:`~fxq.mixed.Budget`): the layers that matter most keep theirs. What was chosen is in
+            ``m.bit_plan``. The calibration batches are then held in memory, and the model is compiled twice.
         progress: a bar on a terminal or in a notebook; False for none; or a callback ``(what, done, total)`` instead.
 
     Raises:
@@ -154,26 +158,58 @@ def compile(
         )
     if calibration is None and example is None:
         raise CalibrationError("the shapes are not known", way_out="Pass example= with one batch of inputs, or calibration=")
+    if budget is not None:
+        admission.require_budget(sch, mode)
     with distributed.meeting(sch.method == "static"):
         spare = example if distributed.world() > 1 else None
         data = Batches(calibration if calibration is not None else [example], net, limit=batches, spare=spare)
         left = tuple(skip) if isinstance(skip, Sequence) and not isinstance(skip, str) else (skip,)
         with nullcontext(progress) if callable(progress) else ProgressBar() if progress else nullcontext(no_progress) as report:
-            ctx = PassContext(sch, tgt, (), data, left, report, train=mode == "qat", states=states, numbers=numbers)
-            made = _compile(net, data, ctx, observer, tuple(leaf_modules), calibration is not None, prune, portable)
+            ctx = PassContext(sch, tgt, (), data, left, report, train=mode == "qat", states=states or budget is not None, numbers=numbers)
+            how = _How(observer, tuple(leaf_modules), calibration is not None, prune, portable)
+            made = _compile(net, data, ctx, how) if budget is None else _mixed(net, data, ctx, how, budget, states)
             made.prune_report = made.prune_report or before
             return made
 
 
-def _compile(
-    net: nn.Module, data: Batches, ctx: PassContext, observer: str | None, leaves: tuple[type[nn.Module], ...], calibrated: bool, how: Prune | None,
-    portable: bool,
-) -> CompiledModel:
+@dataclass(frozen=True)
+class _How:
+    """Options of a compilation that passes do not read from the context."""
+
+    observer: str | None
+    leaves: tuple[type[nn.Module], ...]
+    calibrated: bool
+    prune: Prune | None
+    portable: bool
+
+
+def _mixed(net: nn.Module, data: Batches, ctx: PassContext, how: _How, budget: Budget, states: bool) -> CompiledModel:
+    """Compile in the scheme's own bits, measure every layer in the others, choose, compile again. The calibration batches are held in memory."""
+    from fxq import mixed
+    from fxq.toggles import Toggles
+
+    read = list(data)
+    own = _compile(net, Batches(read, net), replace(ctx, calibration=Batches(read, net)), how)
+    few = read[: max(1, -(-mixed.SAMPLES // max(1, len(read[0][0]) if isinstance(read[0][0], torch.Tensor) and read[0][0].ndim else 1)))]
+    activation = ctx.scheme.kept_activation
+    found = mixed.plan(Toggles(own.graph_module, own.history.floats()), few, budget, mixed.FLOAT if activation is None else activation.bits)
+    scheme = ctx.scheme
+    if found.narrowed and scheme.method == "static":
+        scheme = replace(scheme, weight_observer="mse", bias_correction=True, weight_rounding="feedback")
+    again = PassContext(
+        scheme, ctx.target, (), Batches(read, net), (*ctx.float_nodes, *found.floats), ctx.progress, states=states, numbers=ctx.numbers, bits=found.bits
+    )
+    made = _compile(net, Batches(read, net), again, how)
+    made.bit_plan = found
+    return made
+
+
+def _compile(net: nn.Module, data: Batches, ctx: PassContext, how: _How) -> CompiledModel:
     """Capture, then the passes."""
     start = time.perf_counter()
     few = tuple(x[:2] if isinstance(x, torch.Tensor) and x.ndim else x for x in data.example)
     try:
-        captured = capture(net, few, leaf_modules=leaves)
+        captured = capture(net, few, leaf_modules=how.leaves)
     except TraceError as e:
         admission.require_runs(net, few, data.example, e)
         raise
@@ -183,17 +219,17 @@ def _compile(
         way_out = "Train its parts one by one: compile each with mode='qat' and put it in its place"
         raise TraceError(f"the model can only be captured in parts ({', '.join(captured.parts)})", way_out=way_out)
     if captured.gm is None:
-        return _compile_parts(captured, ctx.scheme, ctx.target, data, ctx.float_nodes, observer, ctx.progress, ms, how, portable)
+        return _compile_parts(captured, data, ctx, how, ms)
     history = History([take(captured.gm, "trace", ms=ms, skips=tuple(Skip("capture", f"specialised: {n}") for n in notes))])
     ctx.example, ctx.probe = few, few if notes else resized(few, 1)
     if ctx.train or ctx.scheme.trains:
         wanted, ctx.train = ctx.train, True
-        training_pipeline(ctx.scheme, observer, calibrated, how).run(captured.gm, ctx, history)
+        training_pipeline(ctx.scheme, how.observer, how.calibrated, how.prune).run(captured.gm, ctx, history)
         model = TrainableModel(captured.gm, captured, history, ctx.scheme, ctx.target)
         report = _pruned(captured.gm)
         made = model if wanted else model.convert()
     else:
-        pipeline_for(ctx.scheme, observer, how, portable).run(captured.gm, ctx, history)
+        pipeline_for(ctx.scheme, how.observer, how.prune, how.portable).run(captured.gm, ctx, history)
         made, report = CompiledModel(captured.gm, captured, history, ctx.scheme, ctx.target), _pruned(captured.gm)
     made.prune_report = report
     return made
@@ -206,30 +242,19 @@ def _pruned(gm: Any) -> PruneReport | None:
     return found
 
 
-def _compile_parts(
-    captured: Captured,
-    sch: Scheme,
-    tgt: Target,
-    data: Iterable[tuple[Any, ...]],
-    skip: tuple[str | type | int, ...],
-    observer: str | None,
-    progress: Progress,
-    ms: float,
-    how: Prune | None,
-    portable: bool,
-) -> CompiledModel:
+def _compile_parts(captured: Captured, data: Iterable[tuple[Any, ...]], outer: PassContext, how: _How, ms: float) -> CompiledModel:
     """Compile each captured submodule on the inputs it sees inside the float model, then put it in its place."""
-    root = captured.root
+    root, sch, tgt = captured.root, outer.scheme, outer.target
     static = sch.method == "static"
     seen = _record_inputs(root, list(captured.parts), data) if static else {}
     model = CompiledModel(root, captured, History(), sch, tgt)
     for path, (gm, example) in captured.parts.items():
-        inner = tuple(p.removeprefix(f"{path}.") if isinstance(p, str) else p for p in skip)
+        inner = tuple(p.removeprefix(f"{path}.") if isinstance(p, str) else p for p in outer.float_nodes)
         history = History([take(gm, "trace", ms=ms)])
-        ctx = PassContext(sch, tgt, example, seen.get(path), inner, progress)
+        ctx = PassContext(sch, tgt, example, seen.get(path), inner, outer.progress, states=outer.states, numbers=outer.numbers)
         try:
-            asked = None if how is None else how.inside(path, [n for n, _ in gm.named_modules()])
-            pipeline_for(sch, observer, asked, portable).run(gm, ctx, history)
+            asked = None if how.prune is None else how.prune.inside(path, [n for n, _ in gm.named_modules()])
+            pipeline_for(sch, how.observer, asked, how.portable).run(gm, ctx, history)
         except FxqError as e:
             reached = any(x.numel() for x in tree_leaves(seen.get(path, [])) if isinstance(x, torch.Tensor))
             way_out = e.way_out if reached or not static else f"Give data on which the model uses this part, or keep it float with skip='{path}.*'"

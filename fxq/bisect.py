@@ -15,10 +15,9 @@ from torch.fx import GraphModule, Node
 from fxq import audit_grids, audit_ranges
 from fxq.audit import ON_PURPOSE, Finding, exact_findings
 from fxq.audit_bias import bias_findings
-from fxq.calibration import Batches
 from fxq.errors import FxqError
 from fxq.lineage import counterparts
-from fxq.metrics import Metric, Score
+from fxq.metrics import Metric, Score, with_labels
 from fxq.moves import sqnr
 from fxq.schemes import Scheme
 from fxq.snapshot import History, Snapshot, flat
@@ -81,12 +80,10 @@ def bisect(
     if first is None or first.state is None:
         way_out = "Compile the model again with states=True, the default, and do not release them"
         raise FxqError("the graphs of the passes were not kept", where="bisect", way_out=way_out)
-    loader = Batches(data, gm, limit=limit, what="data to bisect with", labels=True)
-    pairs = [(b[: loader.count], b[loader.count] if len(b) > loader.count else None) for b in loader]
-    batches = [b for b, _ in pairs]
+    batches, labels = with_labels(data, gm, limit, "data to bisect with")
     floating = first.state.build()
     stray = _not_deterministic(floating, gm, batches[0])
-    measure = Metric(metric, batches, [y for _, y in pairs], data, floating)
+    measure = Metric(metric, batches, labels, data, floating)
     case = _Case(history, gm, scheme, target, measure, batches, Toggles(gm, history.floats()), 4)
     if stray is not None:
         causes = (Cause(stray, None),)

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from fxq import cli_engine, cli_prune
+from fxq import cli_debug, cli_engine, cli_prune
 from fxq.errors import ArtifactError, FxqError, InputError
 from fxq.progress import ProgressBar
 
@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--list", choices=LISTS, help="list what there is, and stop")
     p.add_argument("--quiet", action="store_true", help="print nothing but errors")
     cli_prune.add_options(p)
+    cli_debug.add_options(p)
     cli_engine.add_options(p)
     return p
 
@@ -91,7 +92,7 @@ def run(a: argparse.Namespace, command: str = "") -> int:
     from fxq.pipeline import no_progress
 
     cli_engine.require_consistent(a)
-    how = cli_prune.request(a)
+    how, budget = cli_prune.request(a), cli_debug.budget(a)
     target = a.target or ("tensorrt" if a.to == "tensorrt" else "onnxruntime")
 
     model = sources.model_from(a.source)
@@ -103,7 +104,7 @@ def run(a: argparse.Namespace, command: str = "") -> int:
     with nullcontext(False) if a.quiet else ProgressBar(lines=True) as progress:
         m = api.compile(
             model, a.scheme, calibration=data, example=example, target=target, skip=tuple(a.skip), observer=a.observer,
-            batches=a.calibration_batches, portable=a.portable, progress=progress, prune=how, numbers=bool(a.report),
+            batches=a.calibration_batches, portable=a.portable, progress=progress, prune=how, numbers=bool(a.report) or a.numbers, budget=budget,
         )  # fmt: skip
         artifact = m.lower(a.to, **cli_engine.lowering_options(a, m, progress or no_progress))
     _show(a, m, artifact)
@@ -111,12 +112,16 @@ def run(a: argparse.Namespace, command: str = "") -> int:
     if m.prune_report is not None:
         report["pruning"] = m.prune_report.to_json()
     report["float_ops"] = [str(op) for op in m.float_ops]
-    code, proof = 0, None
+    debug, code, text = cli_debug.run(a, m, data)
+    report.update({k: v.to_json() for k, v in debug.items()})
+    if text:
+        _say(a, text)
+    proof = None
     if a.verify:
         proof = m.verify(artifact.data, data if data is not None else [example], limit=4)
         report["verify"] = proof.to_json()
         _say(a, str(proof))
-        code = 0 if proof.ok else 1
+        code = code if proof.ok else 1
     if output is not None:
         artifact.save(output, force=a.force)
         _say(a, f"{output}: {output.stat().st_size:,} bytes")
@@ -127,7 +132,7 @@ def run(a: argparse.Namespace, command: str = "") -> int:
     if a.calibration_cache:
         _say(a, cli_engine.save_cache(a, m))
     if a.report:
-        page = m.report(a.report, data, proof=proof, title=a.source, command=command, force=a.force)
+        page = m.report(a.report, data, proof=proof, title=a.source, command=command, force=a.force, **debug)
         _say(a, f"{page}: {page.stat().st_size:,} bytes, to be opened in a browser")
     if a.report_json:
         from fxq.lowering import Artifact as File

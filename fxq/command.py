@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NoReturn
@@ -40,7 +41,17 @@ def parser() -> argparse.ArgumentParser:
     from fxq import cli_doctor
 
     cli_doctor.add(commands)
+    bisect = commands.add_parser("bisect", add_help=False, help="which pass, node and reason made a compiled model wrong; options as of fxq-lower")
+    bisect.add_argument("rest", nargs=argparse.REMAINDER)
+    bisect.set_defaults(run=_bisect)
     return p
+
+
+def _bisect(a: argparse.Namespace) -> int:
+    """Compile a model with the options of ``fxq-lower`` and bisect it. Exit code 0: nothing wrong, 1: faults found, 2: your mistake."""
+    from fxq import cli
+
+    return cli.run(cli.parser().parse_args([*a.rest, "--bisect"]), shlex.join(["fxq", "bisect", *a.rest]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 
 from fxq import admission, graph, tables_html, tabular, targets
 from fxq.calibration import Batches
-from fxq.errors import ArtifactError, FxqError, LoweringError, TargetError, nearest
+from fxq.errors import ArtifactError, FxqError, InputError, LoweringError, TargetError, nearest
 from fxq.heap import young
 from fxq.lowering import Artifact, Lowering
 from fxq.schemes import Scheme
@@ -29,9 +29,11 @@ if TYPE_CHECKING:
     from fxq.lint import LintReport
     from fxq.lint_trt_report import TrtReport
     from fxq.metrics import Score
+    from fxq.mixed import BitPlan
     from fxq.portability_lint import PairReport
     from fxq.proof import Proof
     from fxq.prune_report import PruneReport
+    from fxq.quant_sensitivity import QuantSensitivity
     from fxq.selectors import Selector
     from fxq.tensorrt import EngineArtifact
     from fxq.verdicts import Verdict
@@ -96,6 +98,7 @@ class CompiledModel(nn.Module):
         scheme, target: what it was compiled for.
         captured: how the model was captured (rung, notes, what it is specialised to).
         prune_report: what ``prune=`` cut, or None.
+        bit_plan: what ``budget=`` chose, or None.
         parts: of a model that could only be captured in parts: module path -> CompiledModel; otherwise empty.
     """
 
@@ -105,6 +108,7 @@ class CompiledModel(nn.Module):
         self.captured, self.history, self.scheme, self.target = captured, history, scheme, target
         self.parts: dict[str, CompiledModel] = {}
         self.prune_report: PruneReport | None = None
+        self.bit_plan: BitPlan | None = None
         self._reference: Any = None
         self._engines: dict[str, Artifact] = {}
         self.eval()
@@ -288,6 +292,34 @@ class CompiledModel(nn.Module):
         given = [self.history.example] if data is None else data
         return bisect(self.graph_module, self.history, self.scheme, self.target, metric, given, tolerance, limit)
 
+    def sensitivity(self, data: Any = None, metric: str | Score | None = None, *, per: str = "grid", limit: int | None = None) -> QuantSensitivity:
+        """What each rounding costs: SQNR of the output, and the drop of a metric, when it alone is quantized and when all but it are. Ranked in print.
+
+        ``skip=m.sensitivity(data, per="layer").worst(2)`` keeps the two most sensitive layers float; ``m.report(path, sensitivity=...)`` draws it.
+
+        Args:
+            data: like calibration data, labels behind the inputs; default: the inputs that the history kept. All values of a batch are in memory.
+            metric: as of :meth:`bisect`, measured twice for every row over all data; or None for the SQNR alone.
+            per: ``grid`` (weights of each layer, each grid of activations) or ``layer`` (its weights and what it gives).
+            limit: at most so many batches.
+
+        Raises:
+            InputError: unknown metric or ``per``, no labels for the accuracy.
+            CalibrationError: data that does not fit.
+        """
+        from fxq import quant_sensitivity as s
+        from fxq.metrics import Metric, with_labels
+        from fxq.toggles import Toggles
+
+        if per not in s.PER:
+            raise InputError(f"unknown unit {per!r}", way_out=nearest(per, s.PER))
+        given = [self.history.example] if data is None else data
+        batches, labels = with_labels(given, self.graph_module, limit, "data for the sensitivity")
+        t = Toggles(self.graph_module, self.history.floats())
+        t.set("off")
+        measure = None if metric is None else Metric(metric, batches, labels, data, t.gm)
+        return s.sensitivity(t, batches, measure, per)
+
     def with_float(self, *selectors: Selector) -> CompiledModel:
         """A copy in which the named nodes compute in float and what they give is not rounded, to see what they cost: ``m.with_float("layer3.*")``.
 
@@ -310,7 +342,7 @@ class CompiledModel(nn.Module):
         data: Any = None,
         *,
         proof: Proof | EngineProof | None = None,
-        sensitivity: Sequence[tuple[str, str, float, float]] | None = None,
+        sensitivity: Iterable[tuple[str, str, float, float]] | None = None,
         bisect: Any = None,
         title: str | None = None,
         command: str | None = None,
@@ -323,7 +355,7 @@ class CompiledModel(nn.Module):
             data: calibration-like data for the histograms of activations, of which at most :data:`fxq.report.BATCHES` batches are read;
                 by default the example that ``compile`` kept.
             proof: what :meth:`verify` gave.
-            sensitivity: rows ``(name, what, dB when it alone is quantized, dB when all but it are)``.
+            sensitivity: what :meth:`sensitivity` gave, or rows ``(name, what, dB when it alone is quantized, dB when all but it are)``.
             bisect: the verdict on what broke the accuracy: its lines, or what gives them by ``str``.
             title: name of the model; by default that of its class.
             command: the command line that made it.

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from fxq.calibration import Batches
 from fxq.errors import InputError, nearest
 from fxq.snapshot import flat
 
@@ -92,3 +93,14 @@ class Metric:
     def _run(model: Any, batch: tuple[Any, ...]) -> Any:
         with torch.inference_mode():
             return model(*batch)
+
+
+def with_labels(data: Any, model: nn.Module, limit: int | None, what: str) -> tuple[list[tuple[Any, ...]], list[Any]]:
+    """Batches of positional inputs, and what stands behind the inputs of each (``None`` where there is nothing).
+
+    Raises:
+        CalibrationError: as :class:`~fxq.calibration.Batches`.
+    """
+    loader = Batches(data, model, limit=limit, what=what, labels=True)
+    read = list(loader)
+    return [b[: loader.count] for b in read], [b[loader.count] if len(b) > loader.count else None for b in read]

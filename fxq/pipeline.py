@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -60,6 +60,7 @@ class PassContext:
     train: bool = False
     states: bool = True
     numbers: bool = False
+    bits: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def probed(self) -> tuple[Any, ...]:

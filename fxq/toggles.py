@@ -18,7 +18,7 @@ from fxq.spec import QParams, QuantSpec
 from fxq.states import State
 from fxq.weight_ranges import weight_range
 
-ON, OFF, IDEAL, MEASURE = "on", "off", "ideal", "measure"
+ON, OFF, IDEAL, MEASURE, NARROWED = "on", "off", "ideal", "measure", "narrowed"
 CHANNELS = {"conv": 0, "linear": 0, "conv_transpose": 1}
 """Axis of the output channels in a weight."""
 
@@ -36,6 +36,7 @@ class LayerSwitch(nn.Module):
         super().__init__()
         self.made, self.floating, self.kind_name, self.mode = made, floating, kind_name, ON
         self._ideal: Tensor | None = None
+        self.narrowed: Tensor | None = None
         self.energy = [0.0, 0.0]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,9 +50,18 @@ class LayerSwitch(nn.Module):
             self.energy[0] += float(true.double().square().sum())
             self.energy[1] += float((self.made(x) - true).double().square().sum())
             return true  # type: ignore[no-any-return]
+        if self.mode == NARROWED:
+            return call_with(self.floating, x, self.narrowed, self.floating.bias)  # type: ignore[arg-type]
         if self._ideal is None:
             self._ideal = numerics.fake_quantize(self.floating.weight.detach(), self.fresh())  # type: ignore[operator]
         return call_with(self.floating, x, self._ideal, self.floating.bias)  # type: ignore[arg-type]
+
+    def at(self, bits: int) -> None:
+        """Weights of so many bits, each channel clipped where the squared error is least; bias and all else float."""
+        spec = replace(self.made.weight_grid.spec, bits=bits)
+        weight = self.floating.weight.detach()  # type: ignore[operator]
+        self.narrowed = numerics.fake_quantize(weight, numerics.choose_qparams(*weight_range(weight, spec, "mse"), spec))
+        self.mode = NARROWED
 
     def fresh(self) -> QParams:
         """Grid of the float weight by its extremes, the layer's codes, along the output channels where the layer's grid has an axis."""
@@ -153,6 +163,15 @@ class Toggles:
         self.set(OFF)
         energies = {n: s.energy for n, s in self.layers.items()}
         return {n: math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else -math.inf for n, (signal, noise) in energies.items()}
+
+    @property
+    def layer_units(self) -> dict[tuple[str, str], list[str]]:
+        """``(module path, "layer")`` -> the layer and what rounds its output; ``(path, "activations")`` -> other values that are rounded."""
+        found: dict[tuple[str, str], list[str]] = {(self.paths[n], "layer"): [n] for n in self.layers}
+        for name in self.values:
+            key = (self.paths[name], "layer")
+            found.setdefault(key if key in found else (self.paths[name], "activations"), []).append(name)
+        return found
 
     @property
     def units(self) -> dict[tuple[str, str], list[str]]:

@@ -29,8 +29,8 @@ STREET: tuple[tuple[str, ...], ...] = (
     ),
     ("placement_inputs", "training_lowbit", "importance", "budget", "masking"),
     ("pruning", "toggles", "grafts", "metrics"),
-    ("audit",),
-    ("audit_bias", "audit_grids", "audit_ranges", "verdicts"),
+    ("audit", "quant_sensitivity"),
+    ("audit_bias", "audit_grids", "audit_ranges", "verdicts", "mixed"),
     ("bisect",),
     ("passes", "backends"),
     ("lint_graph", "exposed", "lint_trt_fold", "lint_trt_report", "prunable"),
@@ -48,8 +48,9 @@ STREET: tuple[tuple[str, ...], ...] = (
     ("api", "zoo", "modelfile", "prune_model", "sparsity"),
     ("doctor_plan",),
     ("diagnosis",),
-    ("cli_engine", "cli_prune", "cli_doctor"),
-    ("cli", "command"),
+    ("cli_engine", "cli_prune", "cli_doctor", "cli_debug"),
+    ("cli",),
+    ("command",),
 )  # fmt: skip
 """A module imports from the rows above its own only."""
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch.fx import GraphModule, Node
 
-from fxq.graph import Grid, data_inputs, grids, kind, module_of, shape
+from fxq.graph import Grid, data_inputs, grids, kind, module_of, shape, walk
 from fxq.modules import WEIGHTED, Clamp, Pad, Resize
 from fxq.pipeline import Pass, PassContext
 from fxq.placement import FLOATS, Plan
@@ -49,7 +49,15 @@ class Annotate(Pass):
         else:
             plan.weights_only()
         plan.check_patterns()
+        self._give_bits(gm, ctx)
         return plan.changed
+
+    def _give_bits(self, gm: GraphModule, ctx: PassContext) -> None:
+        """Weights with other bits than the scheme's."""
+        for node, k in walk(gm, *WEIGHTED):
+            bits = ctx.bits.get(str(node.target))
+            if bits is not None and node.meta.get("integer"):
+                node.meta["weight_spec"] = str(replace(ctx.scheme.weight_spec(k), bits=bits))
 
 
 class OutputsPlan(Plan):
