@@ -83,3 +83,23 @@ def test_a_graph_too_large_to_draw(browser: Browser, tmp_path: Path, monkeypatch
     assert found.text("#panel h2") == "stem"
     walked(found)
     found.page.context.close()
+
+
+def test_of_a_long_net_only_what_is_near_the_view_is_drawn(browser: Browser, tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), *(nn.Tanh() for _ in range(400)))
+    m = fxq.compile(net.eval(), "float", example=torch.randn(2, 4), progress=False)
+    found = opened(browser, m.report(tmp_path / "long.html"))
+    page = found.page
+    drawn = page.locator("#graph .node")
+    assert 5 < drawn.count() < 60 and page.locator('#graph [data-id="_390"]').count() == 0
+    page.keyboard.press("/")
+    page.keyboard.type("_390")
+    page.keyboard.press("Enter")
+    page.wait_for_selector('#graph [data-id="_390"].chosen')
+    assert drawn.count() < 60 and page.locator('#graph [data-id="_1"]').count() == 0
+    page.keyboard.press("ArrowDown")
+    assert found.text("#panel h2") == "_391"
+    page.click("text=Fit")
+    page.wait_for_function("document.querySelectorAll('#graph .node').length === 403")
+    assert page.locator("#graph .edge").count() == 402 and found.trouble == []
+    page.context.close()

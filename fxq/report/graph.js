@@ -48,7 +48,7 @@ function scene() {
   };
   if (S.state !== 'after' && at > 0) link(before, 'before');
   if (S.state !== 'before') link(after, 'after');
-  const edges = [...links.values()];
+  const edges = [...links.values()].filter((e) => items.has(e.a) && items.has(e.b));
   const folded = [...items.keys()].some((id) => id.startsWith('module '));
   const rows = folded ? refold(items, edges, layout) : null;
   if (!rows) for (const item of items.values()) [item.x, item.y] = layout.places.get(item.id);
@@ -129,6 +129,8 @@ function contents(members) {
   return [...count].sort((a, b) => b[1] - a[1]).map(([kind, n]) => `${n} ${kind}`).join(', ');
 }
 
+const spoken = (item) => (item.row ? [`${item.row[KIND]} ${item.row[NAME]}`, ...Object.keys(item.marks)].join(', ') : `module ${item.group}, ${item.members.length} nodes, collapsed`);
+
 /* What the nodes are labelled with: of a module the worst of its nodes, or their sum */
 const LABELS = {
   none: ['nothing', () => null],
@@ -150,9 +152,8 @@ function drawItem(item) {
   const head = one ? one[KIND] : clip(item.group, 17) + ' ▸', side = one ? one[SIZES].replace(/[[\]]/g, '').replace(/,/g, '×') : item.members.length + ' nodes';
   const foot = one ? one[PATH] || one[NAME] : contents(item.members);
   const value = LABELS[S.label][1](item.members);
-  const label = one ? `${one[KIND]} ${one[NAME]}${mark ? ', ' + mark : ''}` : `module ${item.group}, ${item.members.length} nodes, collapsed`;
   const g = h('g', { class: `node ${one ? 'op' : 'module'} ${mark} ${runs}`, transform: `translate(${(item.x - BOX.w / 2).toFixed(1)} ${(item.y - BOX.h / 2).toFixed(1)})`, 'data-id': item.id },
-    h('title', {}, label + (one ? '\n' + one[TEXT] : '')),
+    h('title', {}, spoken(item) + (one ? '\n' + one[TEXT] : '')),
     h('rect', { class: 'box', width: BOX.w, height: BOX.h, rx: 5 }),
     h('rect', { class: 'band', x: 0, y: 5, width: 3, height: BOX.h - 10 }),
     h('text', { class: 'kind', x: 11, y: 16 }, one ? clip(head, 15) : head),
@@ -172,22 +173,49 @@ function drawGraph(keep) {
   const { items, edges, own } = scene();
   Object.assign(G, { items, edges, own, view: h('g', {}) });
   for (const e of edges) {
-    const a = items.get(e.a), b = items.get(e.b);
-    if (!a || !b) continue;
-    const kind = S.state !== 'changes' || e.which === 'both' || S.pass === 0 ? '' : e.which === 'after' ? 'added' : 'removed';
-    e.element = h('path', { class: 'edge ' + kind, d: edgePath(a, b, e.via) });
-    G.view.append(e.element);
+    const xs = [items.get(e.a), items.get(e.b)].map((i) => i.x).concat((e.via || []).map((p) => p[0]));
+    e.box = [Math.min(...xs), items.get(e.a).y, Math.max(...xs), items.get(e.b).y];
   }
-  for (const item of items.values()) G.view.append(drawItem(item));
+  G.lines = h('g', {});
+  G.boxes = h('g', {});
+  G.view.append(G.lines, G.boxes);
   G.svg = h('svg', { width: '100%', height: '100%', 'aria-hidden': 'true' }, G.view);
   fill(box, G.svg);
   if (keep) place(); else home();
-  highlight();
+  cull();
+}
+
+/* Of a large graph only what is near the view is in the page. */
+const ALL = 300;
+
+function cull() {
+  G.waiting = false;
+  if (!G.svg || !G.svg.isConnected) return;
+  const [w, hgt] = size(), some = G.items.size > ALL, left = (-G.x - w / 2) / G.scale, top = (-G.y - hgt / 2) / G.scale, right = (1.5 * w - G.x) / G.scale, low = (1.5 * hgt - G.y) / G.scale;
+  const near = (x0, y0, x1, y1) => !some || (x1 > left && x0 < right && Math.max(y0, y1) > top && Math.min(y0, y1) < low);
+  const show = (thing, into, seen, make) => {
+    if (seen && !thing.element) thing.element = make();
+    if (!thing.element) return;
+    if (!seen) thing.element.remove(); else { dress(thing); if (!thing.element.isConnected) into.append(thing.element); }
+  };
+  G.chosen = S.node && reveal(S.node);
+  for (const e of G.edges) show(e, G.lines, near(...e.box), () => drawEdge(e));
+  for (const i of G.items.values()) show(i, G.boxes, near(i.x - BOX.w / 2, i.y - BOX.h / 2, i.x + BOX.w / 2, i.y + BOX.h / 2), () => drawItem(i));
+  G.svg.classList.toggle('far', G.scale < 0.2);
+}
+
+function drawEdge(e) {
+  const kind = S.state !== 'changes' || e.which === 'both' || S.pass === 0 ? '' : e.which === 'after' ? 'added' : 'removed';
+  return h('path', { class: 'edge ' + kind, d: edgePath(G.items.get(e.a), G.items.get(e.b), e.via) });
 }
 
 /* Pan and zoom */
 
-function place() { if (G.view) G.view.setAttribute('transform', `translate(${G.x} ${G.y}) scale(${G.scale})`); }
+function place() {
+  if (!G.view) return;
+  G.view.setAttribute('transform', `translate(${G.x} ${G.y}) scale(${G.scale})`);
+  if (G.items.size > ALL && !G.waiting) { G.waiting = true; requestAnimationFrame(cull); }
+}
 
 function bounds() {
   let [x0, y0, x1, y1] = [Infinity, Infinity, -Infinity, -Infinity];
@@ -242,16 +270,15 @@ function reveal(name) {
 }
 
 /* The chosen node, its neighbours, what the search finds */
-function highlight() {
-  const chosen = S.node && reveal(S.node), query = S.query.toLowerCase();
-  for (const item of G.items.values()) {
-    const list = item.element.classList;
-    list.toggle('chosen', item === chosen);
-    const hit = query && item.members.some((m) => matches(rowOf(m), query));
-    list.toggle('hit', Boolean(hit));
-    list.toggle('dim', Boolean(query) && !hit);
-  }
-  for (const e of G.edges) if (e.element) e.element.classList.toggle('near', Boolean(chosen) && (e.a === chosen.id || e.b === chosen.id));
+const highlight = () => cull();
+
+function dress(thing) {
+  const list = thing.element.classList, query = S.query.toLowerCase();
+  if (!thing.members) { list.toggle('near', Boolean(G.chosen) && (thing.a === G.chosen.id || thing.b === G.chosen.id)); return; }
+  const hit = query && thing.members.some((m) => matches(rowOf(m), query));
+  list.toggle('chosen', thing === G.chosen);
+  list.toggle('hit', Boolean(hit));
+  list.toggle('dim', Boolean(query) && !hit);
 }
 const matches = (row, query) => row && (row[NAME].toLowerCase().includes(query) || row[KIND].toLowerCase().includes(query) || row[PATH].toLowerCase().includes(query));
 
@@ -298,5 +325,5 @@ function walk(key) {
 
 function chooseItem(item) {
   select(item.row ? item.row[NAME] : item.members[0], { centre: true });
-  announce(item.element.querySelector('title').textContent.split('\n')[0]);
+  announce(spoken(item));
 }
