@@ -255,7 +255,7 @@ def _saturated_bias(gm: GraphModule, rng: random.Random) -> Names | None:
     if node is None:
         return None
     q = copy.deepcopy(module_of(gm, node))
-    q.bias_grid.scale = q.bias_grid.scale * (float(q.op.bias.abs().max()) / 2.0**33 / float(q.bias_grid.scale.max()))
+    q.bias_grid.scale = q.bias_grid.scale * (float(q.op.bias.detach().abs().max()) / 2.0**33 / float(q.bias_grid.scale.max()))
     swap_module(gm, node, q)
     return {node.name}
 

@@ -43,6 +43,7 @@ class Finding:
         certain: the pass broke what it promised; otherwise the data speaks against the grid.
         switches: nodes of the compiled graph that undo it when they are switched.
         weight: how bad, for ranking: decibels of noise beyond what the grid can do.
+        related: other nodes at which the same fault shows.
     """
 
     step: str
@@ -53,6 +54,7 @@ class Finding:
     certain: bool = True
     switches: tuple[str, ...] = ()
     weight: float = math.inf
+    related: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.step} / {self.node}: {self.reason}: {self.fact}"

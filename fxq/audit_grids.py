@@ -135,8 +135,8 @@ def convert_findings(before: GraphModule, after: GraphModule, scheme: Scheme, ta
         if isinstance(module, FakeQuantize):
             yield from _fake_quantize(before, node, module)
         elif isinstance(module, Quantized) and node.name in floats:
-            yield from _Layer(after, node, module, module_of(before, floats[node.name]), k, scheme).findings()
-        if node.meta.get("integer") and not isinstance(module, FakeQuantize) and target.placement == "outputs":
+            yield from _Layer(grids(before), node, module, module_of(before, floats[node.name]), k, scheme).findings()
+        if node.meta.get("integer") and not isinstance(module, FakeQuantize) and target.placement == "outputs" and scheme.method == "static":
             yield from _unrounded(after, node, k, target)
 
 
@@ -165,14 +165,14 @@ def _unrounded(gm: GraphModule, node: Node, k: str, target: Target) -> Iterator[
         if inner in ("fake_quantize", "attr") or inner == "getitem" or (grid_of(gm, node) is None and not reads_codes(node, source)):
             continue
         fact = f"{node.name} runs in integers and reads {source.name} unrounded"
-        yield Finding("convert", node.name, path_of(node), "dropped quantizer", fact)
+        yield Finding("convert", node.name, path_of(node), "dropped quantizer", fact, related=(source.name,))
 
 
 @dataclass(frozen=True)
 class _Layer:
     """One quantized layer beside the float one."""
 
-    gm: GraphModule
+    calibrated: dict[str, Grid]
     node: Node
     made: Quantized
     was: Any
@@ -227,11 +227,10 @@ class _Layer:
         return room if a.numel() == bias.numel() else room.any().expand_as(a)
 
     def _input_scale(self) -> float | None:
-        source = self.gm.get_submodule(str(data_inputs(self.node)[0].target)) if data_inputs(self.node)[0].op == "call_module" else None
-        if not isinstance(source, FakeQuantize):
-            grid = grid_of(self.gm, data_inputs(self.node)[0])
-            return None if grid is None or grid.qparams is None else float(grid.qparams.scale)
-        return float(source.scale)
+        """Calibrated scale of the input: that of the fake-quantizer may be a fault of its own."""
+        name = self.node.meta.get("narrow") or data_inputs(self.node)[0].meta.get("grid")
+        grid = self.calibrated.get(str(name))
+        return None if grid is None or grid.qparams is None or grid.qparams.scale.numel() != 1 else float(grid.qparams.scale)
 
     def _bias(self) -> Iterator[Finding]:
         bias, grid, step = self.made.op.bias, self.made.bias_grid, self._input_scale()

@@ -13,12 +13,14 @@ from torch import Tensor
 from fxq import numerics
 from fxq.audit import Finding
 from fxq.graph import Grid, grids
-from fxq.spec import QParams
+from fxq.spec import QParams, QuantSpec
 from fxq.toggles import OFF, Toggles, ValueSwitch
 from fxq.values import watch
 
 SUSPECT_DB = 8.0
 """A grid is a suspect from so many decibels of noise beyond the best grid on: more than a calibration on other data of one kind costs."""
+NOISY_DB = 3.0
+"""The same where no grid by itself stands out, but all together cost too much."""
 CLIPPED = 1e-3
 """A grid clips from this share of values on."""
 
@@ -76,8 +78,13 @@ def plain(switch: ValueSwitch) -> bool:
     return switch.made.spec.kind == "affine" and switch.made.step is None and switch.made.scale.numel() == 1
 
 
-def look(t: Toggles, batches: Sequence[tuple[Any, ...]]) -> Ranges:
-    """Run the float graph over the batches twice: extremes, then errors. The switches' ``best`` are set; all switches are off afterwards."""
+def look(t: Toggles, batches: Sequence[tuple[Any, ...]], planned: dict[str, Grid]) -> Ranges:
+    """Run the float graph over the batches twice: extremes, then errors. The switches' ``best`` are set; all switches are off afterwards.
+
+    Args:
+        t: the switched graph. batches: positional inputs.
+        planned: the grids before they were calibrated, whose codes the best ones have.
+    """
     t.set(OFF)
     found, names = Ranges(), {n: g for g, nodes in t.grids.items() for n in nodes}
     found.seen = {name: Seen(name, t.paths[name], names[name]) for name in t.values}
@@ -98,9 +105,9 @@ def look(t: Toggles, batches: Sequence[tuple[Any, ...]]) -> Ranges:
     for grid, nodes in t.grids.items():
         switch, every = t.values[nodes[0]], [found.seen[n] for n in nodes]
         lo, hi = min(s.lo for s in every), max(s.hi for s in every)
-        fixed = grids(t.gm)[grid].fixed if grid in grids(t.gm) else None
-        if plain(switch) and math.isfinite(lo) and math.isfinite(hi) and fixed is None:
-            found.best[grid] = _best(lo, hi, grids(t.gm).get(grid), switch)
+        plan = planned.get(grid, grids(t.gm).get(grid))
+        if plan is not None and plain(switch) and math.isfinite(lo) and math.isfinite(hi) and plan.fixed is None and plan.how == "range":
+            found.best[grid] = _best(lo, hi, plan.spec, switch)
             for n in nodes:
                 t.values[n].best = found.best[grid]
     for batch in batches:
@@ -109,11 +116,10 @@ def look(t: Toggles, batches: Sequence[tuple[Any, ...]]) -> Ranges:
     return found
 
 
-def _best(lo: float, hi: float, grid: Grid | None, switch: ValueSwitch) -> QParams:
+def _best(lo: float, hi: float, spec: QuantSpec, switch: ValueSwitch) -> QParams:
     if switch.clamp is not None:
         lo, high = switch.clamp
         hi = hi if high is None else min(hi, high)
-    spec = grid.spec if grid is not None else switch.made.spec
     qp = numerics.choose_qparams(torch.tensor(lo), torch.tensor(hi), spec)
     device = switch.made.scale.device
     return QParams(qp.spec, qp.scale.to(device), qp.zero_point.to(device))
@@ -138,7 +144,7 @@ def ends(qp: QParams) -> tuple[float, float]:
     return (qp.spec.qmin - zero) * scale, (qp.spec.qmax - zero) * scale
 
 
-def range_findings(t: Toggles, found: Ranges) -> list[Finding]:
+def range_findings(t: Toggles, found: Ranges, least: float = SUSPECT_DB) -> list[Finding]:
     """Grids with much more noise than their codes need on this data, worst first, with the reason."""
     suspects = []
     for grid, nodes in t.grids.items():
@@ -148,7 +154,7 @@ def range_findings(t: Toggles, found: Ranges) -> list[Finding]:
         for s in every:
             total.signal, total.noise, total.best = total.signal + s.signal, total.noise + s.noise, total.best + s.best
             total.clipped, total.count = total.clipped + s.clipped, total.count + s.count
-        if grid not in found.best or not plain(switch) or total.excess < SUSPECT_DB:
+        if grid not in found.best or not plain(switch) or total.excess < least:
             continue
         reason, fact = _why(total, ends(switch.made.qparams), float(switch.made.scale))
         source = next(n for n in t.gm.graph.nodes if n.name == nodes[0]).all_input_nodes[0]

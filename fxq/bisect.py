@@ -27,12 +27,14 @@ from fxq.toggles import IDEAL, OFF, ON, Toggles
 from fxq.values import watch
 from fxq.verdicts import Cause, Verdict
 
-MARGIN = {"sqnr": 1.0, "agreement": 0.02, "accuracy": 0.01}
+MARGIN = {"sqnr": 1.5, "agreement": 0.02, "accuracy": 0.01}
 """A compiled model is as good as its codes allow when it is no worse than with the best grids by more than this."""
 PROBE = 32
 """Samples on which grids are looked at; the metric sees all data."""
 EXACT_SAMPLES = 2
 """Samples on which passes that must not move numbers are compared in float64."""
+EFFECTS = 8
+"""The effect of so many causes is measured."""
 REASONS = {"fold-bn": "wrong fold"}
 
 
@@ -97,22 +99,25 @@ def _judge(case: _Case, tolerance: float | None) -> Verdict:
     metric, t = case.metric, case.toggles
     scores = {"float": metric.floor, "compiled": metric(case.gm)}
     findings = audit(case)
-    ranges = audit_ranges.look(t, case.probe)
+    planned = case.state("share-qparams")
+    ranges = audit_ranges.look(t, case.probe, {} if planned is None else planned.grids)
     case.runs += ranges.runs
-    t.set(IDEAL)
-    scores["best grids"] = metric(t.gm)
-    t.set(ON)
-    known = {name for f in findings for name in f.switches}
-    suspects = [_at_calibrate(case, f) for f in audit_ranges.range_findings(t, ranges) if not known & set(f.switches)]
-    goal = scores["best grids"] - MARGIN.get(metric.name, abs(scores["best grids"]) * 0.02)
-    bad = scores["compiled"] < goal if tolerance is None else metric.drop(scores["compiled"]) > (-tolerance if metric.metric == "sqnr" else tolerance)
+    allowed = None if tolerance is None else -tolerance if metric.metric == "sqnr" else tolerance
+    bad = allowed is not None and metric.drop(scores["compiled"]) > allowed
     causes = [Cause(f, None) for f in findings]
-    if bad and suspects:
-        causes += [Cause(f, None) for f in _confirmed(case, findings, suspects, goal)]
-    causes = [replace(c, effect=_effect(case, c.finding, scores["compiled"])) for c in causes[:8]] + causes[8:]
-    short = bad and tolerance is not None and metric.drop(scores["best grids"]) > (-tolerance if metric.metric == "sqnr" else tolerance)
-    limits = _limits(case, ranges, tolerance) if short and tolerance is not None else ()
-    word = "faults found" if causes else "the codes are too few" if limits else "worse than its grids allow" if bad else "nothing wrong"
+    short = bad
+    if not case.scheme.trains:  # ranges that were trained are no one's to judge
+        t.set(ON)
+        t.set(IDEAL, [*t.values, *(name for f in findings for name in f.switches)])
+        scores["best grids"] = metric(t.gm)
+        t.set(ON)
+        goal = scores["best grids"] - MARGIN.get(metric.name, abs(scores["best grids"]) * 0.05)
+        if scores["compiled"] < goal and (bad or tolerance is None):
+            causes += [Cause(f, None) for f in _suspects(case, ranges, findings, goal)]
+        short = allowed is not None and bad and metric.drop(scores["best grids"]) > allowed
+    causes = [replace(c, effect=_effect(case, c.finding, scores["compiled"])) for c in causes[:EFFECTS]] + causes[EFFECTS:]
+    limits = _limits(case, ranges, allowed) if short and allowed is not None else ()
+    word = "faults found" if causes else "the codes are too few" if limits else "below the tolerance" if bad else "nothing wrong"
     return Verdict(not causes and not bad, word, metric, scores, tuple(causes), limits, metric.runs, case.runs, 0.0)
 
 
@@ -179,7 +184,7 @@ def _distinct(case: _Case, found: list[Finding]) -> list[Finding]:
             switches = (f.node,)
         switches = tuple(n for n in switches if n in case.toggles.layers or n in case.toggles.values)
         kept.append(replace(f, switches=switches))
-        taken |= {f.node, f.path, *switches}
+        taken |= {f.node, f.path, *switches, *f.related}
     return kept
 
 
@@ -200,6 +205,17 @@ def _effect(case: _Case, f: Finding, now: float) -> tuple[float, float] | None:
     return None if after is None or before is None else (case.metric(after), case.metric(before))
 
 
+def _suspects(case: _Case, ranges: audit_ranges.Ranges, certain: Sequence[Finding], goal: float) -> list[Finding]:
+    """The grids that explain why the metric is below ``goal``: few with very much noise, or else many with much."""
+    known = {name for f in certain for name in f.switches}
+    for least in (audit_ranges.SUSPECT_DB, audit_ranges.NOISY_DB):
+        some = [_at_calibrate(case, f) for f in audit_ranges.range_findings(case.toggles, ranges, least) if not known & set(f.switches)]
+        found = _confirmed(case, certain, some, goal) if some else []
+        if found:
+            return found
+    return []
+
+
 def _confirmed(case: _Case, certain: Sequence[Finding], suspects: Sequence[Finding], goal: float) -> list[Finding]:
     """The fewest of the worst suspects whose best grids bring the metric to ``goal``: bisection over their ranking, then without those that are not needed."""
     t = case.toggles
@@ -212,6 +228,8 @@ def _confirmed(case: _Case, certain: Sequence[Finding], suspects: Sequence[Findi
         t.set(ON)
         return score >= goal
 
+    if not good(suspects):
+        return []
     k = _first(len(suspects), lambda n: good(suspects[:n]))
     chosen = list(suspects[:k])
     for f in list(chosen[:-1] if len(chosen) <= 6 else ()):
@@ -230,14 +248,13 @@ def _first(n: int, good: Callable[[int], bool]) -> int:
     return lo
 
 
-def _limits(case: _Case, ranges: audit_ranges.Ranges, tolerance: float) -> tuple[Finding, ...]:
+def _limits(case: _Case, ranges: audit_ranges.Ranges, allowed: float) -> tuple[Finding, ...]:
     """The least set of roundings, the noisiest first, without which the metric is within the tolerance: where 8 bits, or fewer, are not enough."""
     t, metric = case.toggles, case.metric
     layers = t.measure(case.probe)
     case.runs += len(case.probe)
     rank = [(db, name, "weights") for name, db in layers.items()] + [(s.sqnr, name, "activations") for name, s in ranges.seen.items()]
     rank.sort()
-    allowed = -tolerance if metric.metric == "sqnr" else tolerance
 
     def good(k: int) -> bool:
         t.without([name for _, name, _ in rank[:k]])

@@ -20,6 +20,7 @@ from fxq.recorder import Recorder
 from fxq.schemes import Scheme
 from fxq.snapshot import History, Skip
 from fxq.targets import Target
+from fxq.values import watch
 from fxq.verify import INVARIANTS
 
 Progress = Callable[[str, int, int | None], None]
@@ -149,6 +150,7 @@ class Pipeline:
                 now = _output(gm, ctx)
                 moved = snapshot.distance(before, now)
                 if moved > p.tolerance:
+                    _require_deterministic(gm, ctx, p.name)
                     raise PassError(f"moved the output by {moved:.2e}, more than its tolerance {p.tolerance:.0e}", where=p.name)
                 before = now
             elif rewrites:
@@ -168,6 +170,24 @@ class Pipeline:
 def _output(gm: GraphModule, ctx: PassContext) -> Any:
     with torch.inference_mode():
         return gm(*ctx.probed)
+
+
+def _require_deterministic(gm: GraphModule, ctx: PassContext, where: str) -> None:
+    """Tell a pass that moved the output from a model that gives another one each time."""
+    first: dict[str, Any] = {}
+    with torch.random.fork_rng(devices=[]):
+        watch(gm, ctx.probed, lambda n, v: first.update({n.name: v}))
+        for node, value in _twice(gm, ctx.probed):
+            if snapshot.distance(first[node.name], value) > 0:
+                way_out = "Take the random operation out, or keep it outside the model that is compiled"
+                fact = "two runs of the model on one input differ from here on: it is not deterministic"
+                raise PassError(fact, where=f"{where} / {node.name}", way_out=way_out)
+
+
+def _twice(gm: GraphModule, batch: tuple[Any, ...]) -> list[tuple[Node, Any]]:
+    seen: list[tuple[Node, Any]] = []
+    watch(gm, batch, lambda n, v: seen.append((n, v)))
+    return seen
 
 
 def _debug(history: History) -> None:
