@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
@@ -99,6 +99,10 @@ def test_every_position_is_multiplied_with_its_own_codes(op: Any, shape: tuple[i
     assert torch.equal(torch.stack(rows) - offset.reshape([-1] + [1] * len(size)), exact.movedim(axis, 0).long())
 
 
+@example(64, 64, 255)
+@example(64, 65, 255)
+@example(-64, -64, 255)
+@example(-65, -64, 255)
 @settings(max_examples=50, deadline=None)
 @given(st.integers(-128, 127), st.integers(-128, 127), st.sampled_from([255, 200, 127, 15, 1]))
 def test_unsafe_is_what_some_codes_saturate(a: int, b: int, most: int) -> None:
