@@ -212,7 +212,7 @@ def report() -> str:
     rows, source = load("report")
     columns = ["nodes", "MB", "make s", "open s", "slowest pass ms"]
     loud = sum(r["console messages and requests"] for r in rows.values())
-    silent = f"{loud or 'no'} messages in the console and requests"
+    silent = f"{loud} console messages and requests" if loud else "no console message, no request"
     text = f"Reports opened from disk in a headless Chromium ({source}), {silent}; `slowest pass`: from the click on a pass until its graph is drawn:"
     return text + "\n\n" + table(["net", *columns], [[k, *(r[c] for c in columns)] for k, r in rows.items()])
 
