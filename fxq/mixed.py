@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from fxq.costs import layer_costs
 from fxq.errors import SchemeError
@@ -19,6 +20,8 @@ FLOAT = 32
 """Bits of a layer that stays float."""
 WIDE = 8
 """Weights of fewer bits are rounded with error feedback."""
+STEPS = 50_000
+"""A budget is shared out in so many steps."""
 SAMPLES = 16
 """So many calibration samples at least, in whole batches, measure the layers."""
 
@@ -121,8 +124,7 @@ def _db(noise: float) -> str:
 def plan(t: Toggles, batches: Sequence[tuple[Any, ...]], budget: Budget, activation_bits: int) -> BitPlan:
     """Choose the bits of every quantized layer.
 
-    The errors that layers make at the output, each measured alone, are taken as additive; the choice with the least sum under the budget is found on
-    the lower convex hull of each layer's costs and errors, the best exchange first (exact up to the last exchange that still fits).
+    The errors that layers make at the output, each measured alone, are taken as additive; the choice has the least sum under the budget.
 
     Args:
         t: the switched graph of the model in its own bits. batches: positional inputs. activation_bits: of the scheme.
@@ -148,17 +150,11 @@ def plan(t: Toggles, batches: Sequence[tuple[Any, ...]], budget: Budget, activat
         own += cost(made.weight_grid.spec.bits)
         choices[node.name] = [LayerBits(path, b, cost(b), 0.0 if b == FLOAT else noise[name][b]) for b in sorted(set(budget.bits))]
     limit = budget.limit(own)
-    taken = {name: _hull(options)[0] for name, options in choices.items()}
-    least = sum(x.cost for x in taken.values())
+    least = sum(options[0].cost for options in choices.values())
     if least > limit:
         way_out = f"Give at least {least / own:.3g} of the scheme's own {own:,.0f}, or fewer bits"
         raise SchemeError(f"the budget is {limit:,.0f} {unit}, the smallest choice takes {least:,.0f}", way_out=way_out)
-    room = limit - least
-    steps = [(gain, name, to, more) for name, options in choices.items() for gain, to, more in _steps(_hull(options))]
-    for _, name, to, more in sorted(steps, key=lambda s: -s[0]):
-        if more <= room and to.cost - taken[name].cost == more:
-            taken[name], room = to, room - more
-    return BitPlan(tuple(taken[n] for n in nodes), unit, limit, own)
+    return BitPlan(tuple(cheapest([choices[n] for n in nodes], limit)), unit, limit, own)
 
 
 def _costed(t: Toggles) -> Any:
@@ -168,24 +164,40 @@ def _costed(t: Toggles) -> Any:
     return State(state.graph, parts, state.grids, state.marks).build()
 
 
-def _hull(options: Sequence[LayerBits]) -> list[LayerBits]:
-    """The options on the lower convex hull of cost and noise, the cheapest first."""
-    hull: list[LayerBits] = []
-    for x in sorted(options, key=lambda o: (o.cost, o.noise)):
-        if hull and x.noise >= hull[-1].noise:
-            continue
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-2], x):
-            hull.pop()
-        hull.append(x)
-    return hull
+def cheapest(choices: Sequence[Sequence[LayerBits]], limit: float) -> list[LayerBits]:
+    """One option of each layer, with the least sum of noise whose costs keep the limit: a knapsack by dynamic programming.
 
+    What is left after the cheapest options is cut into at most :data:`STEPS` whole steps; each option's cost is rounded up to them, so the limit always
+    holds and the choice is the best one up to a step a layer.
 
-def _slope(a: LayerBits, b: LayerBits) -> float:
-    """Noise that is saved for each unit of cost."""
-    return (a.noise - b.noise) / max(b.cost - a.cost, 1e-12)
-
-
-def _steps(hull: Sequence[LayerBits]) -> list[tuple[float, LayerBits, float]]:
-    """``(saved noise a unit, to, more cost)`` for each exchange along the hull."""
-    return [(_slope(a, b), b, b.cost - a.cost) for a, b in itertools.pairwise(hull)]
-
+    Args:
+        choices: for each layer its options, the cheapest first; their sum keeps the limit.
+    """
+    base = [min(options, key=lambda o: o.cost) for options in choices]
+    favourite = [min(options, key=lambda o: (o.noise, o.cost)) for options in choices]
+    if sum(o.cost for o in favourite) <= limit:
+        return favourite
+    room = math.floor(limit - sum(o.cost for o in base))
+    step = max(1, math.ceil(room / STEPS))
+    last = room // step
+    best = np.full(last + 1, np.inf)
+    best[0] = 0.0
+    picks = np.zeros((len(choices), last + 1), dtype=np.int8)
+    for i, options in enumerate(choices):
+        new = np.full(last + 1, np.inf)
+        for j, option in enumerate(options):
+            more = math.ceil((option.cost - base[i].cost) / step)
+            if more > last:
+                continue
+            shifted = np.full(last + 1, np.inf)
+            shifted[more:] = best[: last + 1 - more] + option.noise
+            better = shifted < new
+            new[better], picks[i][better] = shifted[better], j
+        best = new
+    at = int(best.argmin())
+    taken: list[LayerBits] = []
+    for i in reversed(range(len(choices))):
+        option = choices[i][int(picks[i][at])]
+        taken.append(option)
+        at -= math.ceil((option.cost - base[i].cost) / step)
+    return taken[::-1]

@@ -1,5 +1,6 @@
 """What each rounding costs, and bits by layer under a budget."""
 
+import itertools
 import json
 import math
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 import fxq
 from fxq.errors import InputError, SchemeError
 from fxq.graph import module_of
-from fxq.mixed import FLOAT, LayerBits, _hull
+from fxq.mixed import FLOAT, LayerBits, cheapest
 from fxq.modules import FakeQuantize, Quantized
 from fxq.moves import sqnr
 from fxq.toggles import IDEAL, OFF, ON, Toggles
@@ -63,7 +64,7 @@ def test_rows_are_what_the_switched_graph_gives() -> None:
 def test_layers_join_weights_and_what_they_give() -> None:
     found = compiled().sensitivity(data(), per="layer")
     assert [r.name for r in found.rows if r.what == "layer"] == ["conv1", "conv2", "conv3", "fc"]
-    assert [r.name for r in found.rows if r.what == "activations"][0] == "x"
+    assert next(r.name for r in found.rows if r.what == "activations") == "x"
     worst = found.worst(2)
     assert len(worst) == 2 and worst[0] == min((r for r in found.rows if r.what == "layer"), key=lambda r: r.alone).name
     better = fxq.compile(Net().eval(), "iao_w8a8", calibration=data(), skip=worst, progress=False)
@@ -171,9 +172,13 @@ def test_budgets_that_cannot_be() -> None:
         compiled(budget=fxq.Budget(bytes=0.5), mode="qat")
 
 
-def test_the_choice_is_on_the_lower_hull() -> None:
-    a, b, c, d = (LayerBits("x", bits, cost, noise) for bits, cost, noise in ((2, 1, 10), (3, 2, 9), (4, 3, 2), (8, 6, 3)))
-    assert _hull([d, b, c, a]) == [a, c], "b is above the line, d costs more and is worse"
+@pytest.mark.parametrize("limit", [6, 9, 13, 17.5, 22, 40])
+def test_the_choice_is_the_best_one_of_all(limit: float) -> None:
+    g = torch.Generator().manual_seed(int(limit))
+    layers = [[LayerBits(f"l{i}", b, c, float(torch.rand((), generator=g)) / c**2) for b, c in ((4, 2), (8, 4), (32, 8 + i))] for i in range(3)]
+    got = cheapest(layers, limit)
+    legal = [c for c in itertools.product(*layers) if sum(o.cost for o in c) <= limit]
+    assert sum(o.cost for o in got) <= limit and sum(o.noise for o in got) == pytest.approx(min(sum(o.noise for o in c) for c in legal))
 
 
 def test_switches_leave_the_model_alone() -> None:
