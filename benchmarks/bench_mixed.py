@@ -22,7 +22,7 @@ from torch import Tensor
 import fxq
 from fxq import mixed
 
-SHARES = (0.55, 0.6, 0.7, 0.8, 0.9)
+SHARES = (0.6, 0.75, 0.9)
 
 
 def in_runtime(m: fxq.CompiledModel, x: Tensor, y: Tensor) -> tuple[float, int]:
@@ -60,7 +60,7 @@ def row(name: str, net: Any, calibration: Tensor, x: Tensor, y: Tensor, options:
 def main() -> None:
     p = argparse.ArgumentParser()
     p.add_argument("--fresh", action="store_true")
-    p.add_argument("--nets", nargs="+", default=["cifar10_resnet20", "cifar10_resnet44", "kws_dscnn"])
+    p.add_argument("--nets", nargs="+", default=["kws_dscnn", "efficientnet_lite0", "cifar10_resnet20"])
     a = p.parse_args()
     torch.set_num_threads(1)
     table = common.Table("mixed", "Bits by layer under a budget of bytes", fresh=a.fresh)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -217,15 +218,50 @@ def report() -> str:
     return text + "\n\n" + table(["net", *columns], [[k, *(r[c] for c in columns)] for k, r in rows.items()])
 
 
+def bisect() -> str:
+    rows, source = load("bisect")
+    planted, clean = ({k: r for k, r in rows.items() if (" clean " in k) == want} for want in (False, True))
+    right, false = sum(bool(r["right"]) for r in planted.values()), sum(not r["right"] for r in clean.values())
+    median = {c: statistics.median(r[c] for r in planted.values()) for c in ("evaluations", "runs", "seconds")}
+    text = (
+        f"Planted faults ({source}): **{right} of {len(planted)}** named by pass and node with nothing else named, {false} "
+        f"false verdicts on {len(clean)} clean compilations; medians: {median['evaluations']:g} evaluations of the metric, {median['runs']:g} more runs of a "
+        f"batch, {median['seconds']:.1f} s on one thread."
+    )
+    kinds: dict[tuple[str, str], list[Any]] = {}
+    for r in planted.values():
+        kinds.setdefault((r["pass"], r["fault"]), []).append(r)
+    body = [[step, fault, f"{sum(bool(r['right']) for r in found)} of {len(found)}", found[0]["said"].split("; ")[0]] for (step, fault), found in kinds.items()]
+    order = "canonicalize fold-bn legalize annotate share-qparams calibrate convert".split()
+    return text + "\n\n" + table(["pass", "fault", "named", "what is said, for example"], sorted(body, key=lambda b: order.index(b[0])))
+
+
+def mixed() -> str:
+    rows, source = load("mixed")
+    columns = ["accuracy", "share", "layers in 4 bits", "file kB"]
+    text = f"Accuracy of the file in ONNX Runtime under budgets of bytes ({source}); `largest first`: the same budget given by size alone:"
+    return text + "\n\n" + table(["net and budget", *columns], [[k, *(r[c] for c in columns)] for k, r in rows.items()])
+
+
+def debugger() -> str:
+    rows, source = load("debugger")
+    columns = ["nodes", "compile s", "states", "numbers", "held MB", "bisect s", "evaluations", "runs", "sensitivity s", "its rows"]
+    text = (
+        f"Costs ({source}), one thread: `states`, `numbers`: more compile time with the graphs kept (the default), with numbers=True as well; "
+        "`held MB`: what only the history holds; bisection and sensitivity by layer on 8 images:"
+    )
+    return text + "\n\n" + table(["net", *columns], [[k, *(r[c] for c in columns)] for k, r in rows.items()])
+
+
 TABLES: dict[str, Callable[[], str]] = {"coverage": coverage, "accuracy": accuracy, "speed": speed, "compile": compile_time, "observers": observers}
 TABLES |= {"tensorrt": tensorrt, "tensorrt_accuracy": tensorrt_accuracy, "training": training, "training_steps": training_steps, "size": size, "lowbit": lowbit}
 TABLES |= {"sparsity": sparsity, "pruning": pruning, "prune_training": prune_training, "prune_scale": prune_scale, "prune_speed": prune_speed}
-TABLES |= {"report": report}
+TABLES |= {"report": report, "bisect": bisect, "mixed": mixed, "debugger": debugger}
 SOURCES = {"tensorrt": "tensorrt_int8_sm86"}
 
 
 def main() -> None:
-    for page in (ROOT / "README.md", *(ROOT / "docs" / f"{n}.md" for n in ("schemes", "tensorrt", "training", "sparsity", "pruning", "report"))):
+    for page in (ROOT / "README.md", *(ROOT / "docs" / f"{n}.md" for n in ("schemes", "tensorrt", "training", "sparsity", "pruning", "report", "debugging"))):
         text = page.read_text()
         for name in re.findall(r"<!-- bench:(\w+) -->", text):
             if not (RESULTS / f"{SOURCES.get(name, name)}.json").exists():

@@ -16,7 +16,8 @@ from torch.fx import GraphModule
 
 from fxq import admission, graph, tables_html, tabular, targets
 from fxq.calibration import Batches
-from fxq.errors import ArtifactError, FxqError, InputError, LoweringError, TargetError, nearest
+from fxq.debugging import Debugging
+from fxq.errors import ArtifactError, FxqError, LoweringError, TargetError, nearest
 from fxq.heap import young
 from fxq.lowering import Artifact, Lowering
 from fxq.schemes import Scheme
@@ -28,15 +29,12 @@ if TYPE_CHECKING:
     from fxq.engine_proof import EngineProof
     from fxq.lint import LintReport
     from fxq.lint_trt_report import TrtReport
-    from fxq.metrics import Score
     from fxq.mixed import BitPlan
     from fxq.portability_lint import PairReport
     from fxq.proof import Proof
     from fxq.prune_report import PruneReport
-    from fxq.quant_sensitivity import QuantSensitivity
     from fxq.selectors import Selector
     from fxq.tensorrt import EngineArtifact
-    from fxq.verdicts import Verdict
 
 ENGINE_MAGIC = (b"vtrt", b"ftrt")
 """First bytes of an engine of TensorRT-RTX, of full TensorRT."""
@@ -90,7 +88,7 @@ class FloatOp:
         return f"{self.node} ({self.kind}): {self.why}"
 
 
-class CompiledModel(nn.Module):
+class CompiledModel(Debugging, nn.Module):
     """A compiled model: call it for the fake-quant simulator, :meth:`lower` it for a file.
 
     Attributes:
@@ -265,60 +263,6 @@ class CompiledModel(nn.Module):
         from fxq.proof import verify
 
         return verify(gm, artifact, batches, fused=self.target.fused)
-
-    def bisect(self, metric: str | Score = "sqnr", data: Any = None, tolerance: float | None = None, *, limit: int | None = None) -> Verdict:
-        """Which pass, which node and why, when the compiled model is worse than it should be. ``print`` the verdict.
-
-        First both models run twice on one input: what is not deterministic is named. Then every pass is held to what it promised, on the graphs
-        before and after it: folding and rewriting give the same values from the same inputs in float64, grids fit their operations and share only
-        where codes are handed on, weights and biases are those of the float layers. Then the grids are compared with the best ones for this data,
-        and the fewest that explain the loss are found by bisection. Every fault comes with the metric after undoing it alone. Where nothing is wrong
-        and the codes are just too few, the least set of roundings that would have to go is named.
-
-        Args:
-            metric: ``sqnr``, ``agreement``, ``accuracy`` (needs data with labels), or a function ``(model, data) -> float``, greater is better.
-            data: like calibration data; all of it goes through the metric, the first samples through everything else. Default: the inputs that
-                the history kept.
-            tolerance: greatest drop below the float model that is still right; of ``sqnr`` the least dB. Default: as good as the scheme's codes can be.
-            limit: at most so many batches.
-
-        Raises:
-            FxqError: the graphs of the passes were let go.
-            InputError: unknown metric, or no labels for the accuracy.
-            CalibrationError: data that does not fit.
-        """
-        from fxq.bisect import bisect
-
-        given = [self.history.example] if data is None else data
-        return bisect(self.graph_module, self.history, self.scheme, self.target, metric, given, tolerance, limit)
-
-    def sensitivity(self, data: Any = None, metric: str | Score | None = None, *, per: str = "grid", limit: int | None = None) -> QuantSensitivity:
-        """What each rounding costs: SQNR of the output, and the drop of a metric, when it alone is quantized and when all but it are. Ranked in print.
-
-        ``skip=m.sensitivity(data, per="layer").worst(2)`` keeps the two most sensitive layers float; ``m.report(path, sensitivity=...)`` draws it.
-
-        Args:
-            data: like calibration data, labels behind the inputs; default: the inputs that the history kept. All values of a batch are in memory.
-            metric: as of :meth:`bisect`, measured twice for every row over all data; or None for the SQNR alone.
-            per: ``grid`` (weights of each layer, each grid of activations) or ``layer`` (its weights and what it gives).
-            limit: at most so many batches.
-
-        Raises:
-            InputError: unknown metric or ``per``, no labels for the accuracy.
-            CalibrationError: data that does not fit.
-        """
-        from fxq import quant_sensitivity as s
-        from fxq.metrics import Metric, with_labels
-        from fxq.toggles import Toggles
-
-        if per not in s.PER:
-            raise InputError(f"unknown unit {per!r}", way_out=nearest(per, s.PER))
-        given = [self.history.example] if data is None else data
-        batches, labels = with_labels(given, self.graph_module, limit, "data for the sensitivity")
-        t = Toggles(self.graph_module, self.history.floats())
-        t.set("off")
-        measure = None if metric is None else Metric(metric, batches, labels, data, t.gm)
-        return s.sensitivity(t, batches, measure, per)
 
     def with_float(self, *selectors: Selector) -> CompiledModel:
         """A copy in which the named nodes compute in float and what they give is not rounded, to see what they cost: ``m.with_float("layer3.*")``.

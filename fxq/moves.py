@@ -18,19 +18,21 @@ class Moved:
         cosine: cosine of the angle between the two as vectors.
         steps: greatest difference in steps of the value's grid; ``None`` for a value without a grid.
         total: SQNR in dB against the captured float graph; ``None`` where that has no such value.
+        reordered: the channels stand in another order (a shuffle went into the weights); what is said holds for the channels put back.
     """
 
     sqnr: float
     cosine: float
     steps: float | None = None
     total: float | None = None
+    reordered: bool = False
 
     def __str__(self) -> str:
         steps = "-" if self.steps is None else f"{self.steps:.1f}"
         total = "-" if self.total is None else decibels(self.total)
-        return f"{decibels(self.sqnr):>8} {self.cosine:>9.6f} {steps:>7} {total:>9}"
+        return f"{decibels(self.sqnr):>8} {self.cosine:>9.6f} {steps:>7} {total:>9}" + (", channels reordered" if self.reordered else "")
 
-    def to_json(self) -> dict[str, float | None]:
+    def to_json(self) -> dict[str, float | bool | None]:
         """Plain data; infinity is ``None``, since JSON has none."""
         return {k: None if v is None or math.isinf(v) else v for k, v in asdict(self).items()}
 
@@ -78,9 +80,26 @@ def measure(before: Tensor, now: Tensor, scale: Tensor | None, first: Tensor | N
         scale: step of its grid (broadcast over the value), or None.
         first: the value in the captured float graph, or None where it has none.
     """
+    order = _order(before, now) if sqnr(before, now) < FAR_DB else None
+    if order is not None:
+        before, first = before[:, order], None
     total = None if first is None else sqnr(first, now)
     steps = None
     if scale is not None and before.shape == now.shape and now.numel():
         gap = (now.to(torch.float64) - before.to(torch.float64)).abs().nan_to_num(posinf=math.inf)
         steps = float(gap.max() / scale.to(torch.float64).max())
-    return Moved(sqnr(before, now), cosine(before, now), steps, total)
+    return Moved(sqnr(before, now), cosine(before, now), steps, total, order is not None)
+
+
+FAR_DB, SAME_DB = 20.0, 60.0
+"""A value that moved so far may have its channels in another order; it has when they are so near after putting them back."""
+
+
+def _order(a: Tensor, b: Tensor) -> Tensor | None:
+    """The order of channels (dimension 1) that makes ``b`` of ``a``; ``None`` when there is none."""
+    if a.ndim < 2 or a.shape != b.shape or a.shape[1] < 2:
+        return None
+    sums = [v.to(torch.float64).movedim(1, 0).flatten(1).sum(1) for v in (a, b)]
+    order = torch.empty_like(sums[0], dtype=torch.long)
+    order[sums[1].argsort()] = sums[0].argsort()
+    return order if sqnr(a[:, order], b) > SAME_DB else None

@@ -9,9 +9,12 @@ from torch.fx import GraphModule
 
 from fxq.graph import grid_of
 from fxq.lineage import counterparts
-from fxq.moves import Moved, measure
+from fxq.moves import Moved, measure, sqnr
 from fxq.states import State
 from fxq.values import values
+
+RENAMED_DB = 90.0
+"""Two nodes of other names that read the same and are so near in float32 are one."""
 
 
 class Recorder:
@@ -33,6 +36,7 @@ class Recorder:
             self.state = state
             return {}
         now, link = values(gm, self.probe), counterparts(self.state.graph, state.graph)
+        link.update(self._renamed(state, link, now))
         moves: dict[str, Moved] = {}
         first: dict[str, Tensor] = {}
         for node in gm.graph.nodes:
@@ -48,3 +52,20 @@ class Recorder:
                 now[node.name] = self.last[source]
         self.state, self.last, self.first = state, now, first
         return moves
+
+    def _renamed(self, state: State, link: dict[str, str], now: dict[str, Tensor]) -> dict[str, str]:
+        """Nodes that came under another name: the only one that reads the same values as one that is gone, and gives the same."""
+        taken = set(link.values())
+        gone: dict[tuple[str, ...], list[str]] = {}
+        for node in self.state.graph.nodes:
+            if node.name not in taken and node.name in self.last:
+                gone.setdefault(tuple(a.name for a in node.all_input_nodes), []).append(node.name)
+        found: dict[str, str] = {}
+        for node in state.graph.nodes:
+            if node.name in link or node.name not in now:
+                continue
+            reads = tuple(link.get(a.name, found.get(a.name, "")) for a in node.all_input_nodes)
+            same = [name for name in gone.get(reads, ()) if sqnr(self.last[name], now[node.name]) > RENAMED_DB]
+            if len(same) == 1:
+                found[node.name] = same[0]
+        return found

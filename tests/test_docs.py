@@ -41,7 +41,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p}.md" for p in "quickstart schemes tensorrt training pruning doctor interop portability lint".split())])
+RUNNABLE = "quickstart schemes tensorrt training pruning doctor interop portability lint debugging"
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p}.md" for p in RUNNABLE.split())])
 def test_python_blocks_run(page: str, here: Path) -> None:
     torch.manual_seed(0)
     names: dict[str, object] = {}
@@ -73,6 +76,15 @@ def test_commands_of_the_doctor_page_run(here: Path, capsys: pytest.CaptureFixtu
     assert [shlex.split(line)[1:3] for line in lines] == [["fxq", "doctor"]] * 4
     for line in lines:
         assert command.main(shlex.split(line)[2:]) == 0 and "onnxruntime" in capsys.readouterr().out, line
+
+
+def test_commands_of_the_debugging_page_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, *lines = [shlex.split(line) for block in blocks("docs/debugging.md", "console") for line in block.splitlines() if line]
+    assert first[1:3] == ["fxq", "bisect"] and command.main(first[2:]) == 0 and "nothing wrong" in capsys.readouterr().out
+    assert [line[1] for line in lines] == ["fxq-lower"] * 2
+    for line in lines:
+        assert cli.main(line[2:]) == 0, line
+    assert (here / "small.onnx").stat().st_size > 0
 
 
 def test_commands_of_the_lint_page_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

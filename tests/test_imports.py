@@ -32,6 +32,7 @@ STREET: tuple[tuple[str, ...], ...] = (
     ("audit", "quant_sensitivity"),
     ("audit_bias", "audit_grids", "audit_ranges", "verdicts", "mixed"),
     ("bisect",),
+    ("debugging",),
     ("passes", "backends"),
     ("lint_graph", "exposed", "lint_trt_fold", "lint_trt_report", "prunable"),
     ("lint_clips", "verdict", "lint_trt_graph", "lint_report", "lint_ov_rules"),

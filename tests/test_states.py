@@ -132,7 +132,7 @@ def test_moves() -> None:
     assert cosine(a, 2 * a) == pytest.approx(1) and cosine(a, -a) == pytest.approx(-1) and cosine(a, torch.zeros(2)) == 0
     got = measure(a, a + torch.tensor([0.0, 0.5]), torch.tensor(0.25), None)
     assert got.steps == 2 and got.total is None and got.sqnr == pytest.approx(10 * math.log10(25 / 0.25))
-    assert Moved(math.inf, 1.0).to_json() == {"sqnr": None, "cosine": 1.0, "steps": None, "total": None}
+    assert Moved(math.inf, 1.0).to_json() == {"sqnr": None, "cosine": 1.0, "steps": None, "total": None, "reordered": False}
 
 
 def test_a_graph_with_names_of_its_own_is_copied_as_it_is() -> None:
@@ -142,3 +142,25 @@ def test_a_graph_with_names_of_its_own_is_copied_as_it_is() -> None:
     from fxq.states import State
 
     assert [n.name for n in State.of(gm).build().graph.nodes] == ["x", "add_1", "add_7", "add", "output"]
+
+
+def test_channels_in_another_order_are_put_back_before_they_are_compared() -> None:
+    from fxq import zoo
+
+    torch.manual_seed(0)
+    net = zoo.nin_gc().eval()
+    h = fxq.compile(net, "iao_w8a8", calibration=[torch.randn(2, 3, 32, 32)], progress=False, numbers=True).history
+    moved = h["legalize"].numbers
+    shuffled = [m for m in moved.values() if m.reordered]
+    assert shuffled and all(m.sqnr > 60 for m in moved.values()) and "channels reordered" in h.numbers("legalize")
+    a = torch.randn(2, 6, 4)
+    back = measure(a, a[:, [3, 1, 0, 2, 5, 4]], None, None)
+    assert back.reordered and back.sqnr == math.inf and back.cosine == pytest.approx(1)
+    assert not measure(a, torch.randn(2, 6, 4), None, None).reordered
+
+
+def test_a_node_under_another_name_keeps_its_value() -> None:
+    h = compiled(numbers=True).history
+    renamed = [n for n in h["canonicalize"].numbers if n not in {r.name for r in h["trace"].rows}]
+    assert renamed, "the sum is a module now"
+    assert all(h["convert"].numbers[n].total is not None for n in ("conv1_q", "conv2_q", *renamed) if n in h["convert"].numbers)
