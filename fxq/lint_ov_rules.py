@@ -211,6 +211,9 @@ def shares_bias(net: Net, op: Op) -> bool:
     dq = net.maker.get(op.inputs[2])
     if dq is None or not dq.is_dq:
         return len(net.readers(op.inputs[2])) > 1 and any(None in shape for name, shape in net.shapes.items() if name not in net.const_names)
+    codes = net.array(dq.inputs[0])
+    if codes is not None and not np.any(codes):  # nothing is added
+        return False
     return sum(len(net.edges(user)) for user, _ in net.readers(dq.inputs[0]) if user.inputs == dq.inputs) > 1
 
 

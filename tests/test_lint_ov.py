@@ -216,3 +216,19 @@ def test_own_artifacts(name: str) -> None:
     predicted: Any = m.lint("openvino")
     assert agrees(predicted, report(onnx.load_model_from_string(m.lower().data))) == []
     assert all(floats == 0 for op, (_, floats) in predicted.counts().items() if op not in ("Add", "Mul"))
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_shared_bias_is_added_in_a_layer_of_its_own_unless_it_is_zero(step: int) -> None:
+    """Deep nets with large values: biases that round to 0 are one constant in the file, and nothing is added."""
+
+    def build(g: Any) -> str:
+        bias = g.op("DequantizeLinear", g.const(np.arange(4, dtype=np.int32) * step), g.const(np.full(4, 0.001, np.float32)), axis=0)
+        x = g.qdq(conv(g, g.qdq(image(g)), 9))
+        y = g.qdq(g.op("Conv", x, g.weight(4, 4, 1, 1, seed=1), bias))
+        return str(g.op("Exp", g.op("Add", g.qdq(g.op("Conv", y, g.weight(4, 4, 1, 1, seed=2), bias)), x)))
+
+    model = graph(build)
+    predicted = lint(model, "openvino")
+    assert agrees(predicted, report(model)) == []
+    assert predicted.counts()["Add"] == ((0, 1) if step else (1, 0))
