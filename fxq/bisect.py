@@ -15,13 +15,13 @@ from torch.fx import GraphModule, Node
 from fxq import audit_grids, audit_ranges
 from fxq.audit import ON_PURPOSE, Finding, exact_findings
 from fxq.audit_bias import bias_findings
-from fxq.errors import FxqError
+from fxq.errors import FxqError, InputError
 from fxq.lineage import counterparts
 from fxq.metrics import Metric, Score, with_labels
 from fxq.moves import sqnr
 from fxq.schemes import Scheme
 from fxq.snapshot import History, Snapshot, flat
-from fxq.states import State
+from fxq.states import State, part_tensors
 from fxq.targets import Target
 from fxq.toggles import IDEAL, OFF, ON, Toggles
 from fxq.values import watch
@@ -29,6 +29,8 @@ from fxq.verdicts import Cause, Verdict
 
 MARGIN = {"sqnr": 1.5, "agreement": 0.02, "accuracy": 0.01}
 """A compiled model is as good as its codes allow when it is no worse than with the best grids by more than this."""
+TRAINED = "convert-trained"
+"""The last state of a model that was made to be trained."""
 PROBE = 32
 """Samples on which grids are looked at; the metric sees all data."""
 EXACT_SAMPLES = 2
@@ -36,6 +38,9 @@ EXACT_SAMPLES = 2
 EFFECTS = 8
 """The effect of so many causes is measured."""
 REASONS = {"fold-bn": "wrong fold"}
+CORRECTIONS = ("correct-bias", "round-weights")
+PLANS = ("annotate", "share-qparams", "calibrate")
+"""Passes that choose the grids of values."""
 
 
 @dataclass
@@ -50,6 +55,18 @@ class _Case:
     batches: list[tuple[Any, ...]]
     toggles: Toggles
     runs: int = 0
+    trained: bool = False
+
+    @property
+    def remade(self) -> bool:
+        """Were weights or biases made for the grids as they are (feedback, bias correction)? On other grids they are worse whatever those are."""
+        return self.history.snapshots[-1].name in CORRECTIONS
+
+    def rest(self) -> None:
+        """Switch everything as compiled to compare grids of values; weights that were made for these grids are float meanwhile."""
+        self.toggles.set(ON)
+        if self.remade:
+            self.toggles.set(OFF, self.toggles.layers)
 
     def state(self, name: str) -> State | None:
         """State after the first pass of that name."""
@@ -82,11 +99,14 @@ def bisect(
     if first is None or first.state is None:
         way_out = "Compile the model again with states=True, the default, and do not release them"
         raise FxqError("the graphs of the passes were not kept", where="bisect", way_out=way_out)
+    if tolerance is not None and math.isnan(tolerance):
+        raise InputError("the tolerance is NaN", way_out="Give the greatest drop, of 'sqnr' the least dB, or leave it out")
+    trained = _trained(history, gm)
     batches, labels = with_labels(data, gm, limit, "data to bisect with")
-    floating = first.state.build()
+    floating = _switched_off(gm) if trained else first.state.build()
     stray = _not_deterministic(floating, gm, batches[0])
     measure = Metric(metric, batches, labels, data, floating)
-    case = _Case(history, gm, scheme, target, measure, batches, Toggles(gm, history.floats()), 4)
+    case = _Case(history, gm, scheme, target, measure, batches, Toggles(gm, history.floats()), 4, trained)
     if stray is not None:
         causes = (Cause(stray, None),)
         return Verdict(False, "not deterministic", measure, {"float": measure.floor}, causes, (), measure.runs, case.runs, time.perf_counter() - start)
@@ -94,31 +114,76 @@ def bisect(
     return replace(verdict, seconds=time.perf_counter() - start)
 
 
+def _trained(history: History, gm: GraphModule) -> bool:
+    """Were the weights trained behind the passes? Then the recorded graphs are of other weights, and the float model is the trained one.
+
+    Raises:
+        FxqError: something else changed them.
+    """
+    changed = next((c for s in history if s.state is not None and (c := s.state.changed)), None)
+    if changed is not None and history.snapshots[-1].name == TRAINED:
+        return True
+    final = history.snapshots[-1].state
+    changed = changed or (None if final is None else _unlike(final, State.of(gm)))
+    if changed is None:
+        return False
+    way_out = "Bisect it before it is retyped, moved or edited, or compile the changed model"
+    raise FxqError("it was changed after the passes, whose graphs cannot be held against it", where=f"bisect / {changed}", way_out=way_out)
+
+
+def _unlike(a: State, b: State) -> str | None:
+    """Path of the first part with other tensors in ``b`` (a copy of the model has tensors of its own)."""
+    for path, part in a.parts.items():
+        other = b.parts.get(path)
+        if part is not other and not _same_tensors(part_tensors(part), part_tensors(other)):
+            return path
+    return None
+
+
+def _same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and a[k].device == b[k].device and torch.equal(a[k], b[k]) for k in a)
+
+
+def _switched_off(gm: GraphModule) -> GraphModule:
+    t = Toggles(gm)
+    t.set(OFF)
+    return t.gm
+
+
 def _judge(case: _Case, tolerance: float | None) -> Verdict:
     """Findings, their effects, and the word on the whole."""
     metric, t = case.metric, case.toggles
     scores = {"float": metric.floor, "compiled": metric(case.gm)}
-    findings = audit(case)
+    findings = [] if case.trained else audit(case)
     planned = case.state("share-qparams")
     ranges = audit_ranges.look(t, case.probe, {} if planned is None else planned.grids)
     case.runs += ranges.runs
     allowed = None if tolerance is None else -tolerance if metric.metric == "sqnr" else tolerance
     bad = allowed is not None and metric.drop(scores["compiled"]) > allowed
     causes = [Cause(f, None) for f in findings]
-    short = bad
     if not case.scheme.trains:  # ranges that were trained are no one's to judge
-        t.set(ON)
-        t.set(IDEAL, [*t.values, *(name for f in findings for name in f.switches)])
-        scores["best grids"] = metric(t.gm)
-        t.set(ON)
-        goal = scores["best grids"] - MARGIN.get(metric.name, abs(scores["best grids"]) * 0.05)
-        if scores["compiled"] < goal and (bad or tolerance is None):
-            causes += [Cause(f, None) for f in _suspects(case, ranges, findings, goal)]
-        short = allowed is not None and bad and metric.drop(scores["best grids"]) > allowed
+        causes += [Cause(f, None) for f in _grids(case, ranges, findings, scores, bad or tolerance is None)]
+    best = scores.get("best grids")
+    short = allowed is not None and bad and (best is None or metric.drop(best) > allowed or not causes)
     causes = [replace(c, effect=_effect(case, c.finding, scores["compiled"])) for c in causes[:EFFECTS]] + causes[EFFECTS:]
     limits = _limits(case, ranges, allowed) if short and allowed is not None else ()
     word = "faults found" if causes else "the codes are too few" if limits else "below the tolerance" if bad else "nothing wrong"
     return Verdict(not causes and not bad, word, metric, scores, tuple(causes), limits, metric.runs, case.runs, 0.0)
+
+
+def _grids(case: _Case, ranges: audit_ranges.Ranges, findings: Sequence[Finding], scores: dict[str, float], wanted: bool) -> list[Finding]:
+    """The grids that explain why the model is worse than with the best ones; ``scores`` gets what was measured for that."""
+    metric, t = case.metric, case.toggles
+    now = scores["compiled"]
+    if case.remade:
+        case.rest()
+        scores["weights float"] = now = metric(t.gm)
+    case.rest()
+    t.set(IDEAL, [*t.values, *(name for f in findings for name in f.switches)])
+    scores["best grids"] = metric(t.gm)
+    t.set(ON)
+    goal = scores["best grids"] - MARGIN.get(metric.name, abs(scores["best grids"]) * 0.05)
+    return _suspects(case, ranges, findings, goal) if now < goal and wanted else []
 
 
 def audit(case: _Case) -> list[Finding]:
@@ -179,7 +244,7 @@ def _distinct(case: _Case, found: list[Finding]) -> list[Finding]:
             continue
         state = case.state(f.step)
         grid = next((n.meta.get("grid") for n in state.graph.nodes if n.name == f.node), None) if state is not None else None
-        switches = f.switches or (tuple(case.toggles.grids.get(str(grid), ())) if f.step in ("annotate", "share-qparams", "calibrate") else ())
+        switches = f.switches or (tuple(case.toggles.grids.get(str(grid), ())) if f.step in PLANS else ())
         if f.step in ("annotate", "convert") and f.node in case.toggles.layers and not f.switches:
             switches = (f.node,)
         switches = tuple(n for n in switches if n in case.toggles.layers or n in case.toggles.values)
@@ -193,6 +258,9 @@ def _effect(case: _Case, f: Finding, now: float) -> tuple[float, float] | None:
     t = case.toggles
     if f.switches:
         t.set(ON)
+        if f.step in PLANS and case.remade:
+            case.rest()
+            now = case.metric(t.gm)
         t.set(IDEAL, f.switches)
         undone = case.metric(t.gm)
         t.set(ON)
@@ -222,7 +290,7 @@ def _confirmed(case: _Case, certain: Sequence[Finding], suspects: Sequence[Findi
     base = [n for f in certain for n in f.switches]
 
     def good(chosen: Sequence[Finding]) -> bool:
-        t.set(ON)
+        case.rest()
         t.set(IDEAL, [*base, *(n for f in chosen for n in f.switches)])
         score = case.metric(t.gm)
         t.set(ON)

@@ -47,11 +47,11 @@ class Debugging:
             limit: at most so many batches.
 
         Raises:
-            FxqError: the graphs of the passes were let go.
-            InputError: unknown metric, or no labels for the accuracy.
+            FxqError: the graphs of the passes were let go, or the model was changed since it was compiled (retyped, moved, edited in place).
+            InputError: unknown metric, no labels for the accuracy, a metric or tolerance that is no number; no data where the history kept none.
             CalibrationError: data that does not fit.
         """
-        given = [self.history.example] if data is None else data
+        given = self._given(data)
         return bisect(self.graph_module, self.history, self.scheme, self.target, metric, given, tolerance, limit)
 
     def sensitivity(self, data: Any = None, metric: str | Score | None = None, *, per: str = "grid", limit: int | None = None) -> QuantSensitivity:
@@ -66,14 +66,19 @@ class Debugging:
             limit: at most so many batches.
 
         Raises:
-            InputError: unknown metric or ``per``, no labels for the accuracy.
+            InputError: unknown metric or ``per``, no labels for the accuracy, a metric that is no number; no data where the history kept none.
             CalibrationError: data that does not fit.
         """
         if per not in PER:
             raise InputError(f"unknown unit {per!r}", way_out=nearest(per, PER))
-        given = [self.history.example] if data is None else data
+        given = self._given(data)
         batches, labels = with_labels(given, self.graph_module, limit, "data for the sensitivity")
         t = Toggles(self.graph_module, self.history.floats())
         t.set(OFF)
         measure = None if metric is None else Metric(metric, batches, labels, given, t.gm)
         return sensitivity(t, batches, measure, per)
+
+    def _given(self, data: Any) -> Any:
+        if data is None and self.history.example is None:
+            raise InputError("no data is given, and the history kept no inputs", way_out="Give data, like the calibration data")
+        return [self.history.example] if data is None else data

@@ -19,7 +19,7 @@ Score = Callable[[Any, Any], float]
 
 METRICS = {
     "sqnr": "signal to noise of the outputs against the float model, dB",
-    "agreement": "share of samples whose greatest output is the float model's",
+    "agreement": "share of samples (of an image of classes: of pixels) whose greatest output is the float model's",
     "accuracy": "share of samples whose greatest output is the label behind the inputs",
 }
 
@@ -37,7 +37,7 @@ class Metric:
         runs: how often data went through a model (a whole pass over it counts once).
 
     Raises:
-        InputError: unknown name; ``accuracy`` without labels.
+        InputError: unknown name; ``accuracy`` without labels, or with labels that do not fit; a function that gives no number.
     """
 
     def __init__(self, metric: str | Score, batches: Sequence[tuple[Any, ...]], labels: Sequence[Any], data: Any, floating: GraphModule) -> None:
@@ -59,13 +59,26 @@ class Metric:
         self.runs += 1
         if callable(self.metric):
             with torch.inference_mode():
-                return float(self.metric(model, self.data))
+                return self._number(self.metric(model, self.data))
         outs = [flat(self._run(model, b)) for b in self.batches]
         if self.metric == "sqnr":
             return self._sqnr(outs)
-        want = self.labels if self.metric == "accuracy" else [t[0].argmax(-1) for t in self.truth]
-        right = sum(int((o[0].argmax(-1) == y.to(o[0].device)).sum()) for o, y in zip(outs, want, strict=True))
+        if self.metric == "accuracy":
+            want, axes = self.labels, [_axis(o[0], y) for o, y in zip(outs, self.labels, strict=True)]
+        else:
+            axes = [1 if t[0].ndim == 4 else -1 for t in self.truth]
+            want = [t[0].argmax(axis) for t, axis in zip(self.truth, axes, strict=True)]
+        right = sum(int((o[0].argmax(axis) == y.to(o[0].device)).sum()) for o, y, axis in zip(outs, want, axes, strict=True))
         return right / max(1, sum(y.numel() for y in want))
+
+    def _number(self, value: Any) -> float:
+        try:
+            found = float(value)
+        except (TypeError, ValueError) as e:
+            raise InputError(f"the metric {self.name!r} gave {type(value).__name__}, which is no number", way_out="Return a float, greater is better") from e
+        if math.isnan(found):
+            raise InputError(f"the metric {self.name!r} gave NaN", way_out="Return a number for every model, greater is better")
+        return found
 
     def text(self, value: float) -> str:
         """A score with its unit."""
@@ -95,12 +108,22 @@ class Metric:
             return model(*batch)
 
 
+def _axis(out: Tensor, label: Tensor) -> int:
+    """Dimension of the classes in an output, so that the others are the label's: the last, or the one behind the batch (a map of classes)."""
+    for axis in (-1, 1):
+        if out.ndim > 1 and out.select(axis, 0).shape == label.shape:
+            return axis
+    fact = f"labels of {list(label.shape)} do not fit outputs of {list(out.shape)}"
+    raise InputError(fact, way_out="Give class numbers, one for each sample (or pixel, or token)")
+
+
 def with_labels(data: Any, model: nn.Module, limit: int | None, what: str) -> tuple[list[tuple[Any, ...]], list[Any]]:
-    """Batches of positional inputs, and what stands behind the inputs of each (``None`` where there is nothing).
+    """Batches of positional inputs in the type of the model's weights, and what stands behind the inputs of each (``None`` where there is nothing).
 
     Raises:
         CalibrationError: as :class:`~fxq.calibration.Batches`.
     """
     loader = Batches(data, model, limit=limit, what=what, labels=True)
-    read = list(loader)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    read = [tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in b) for b in loader]
     return [b[: loader.count] for b in read], [b[loader.count] if len(b) > loader.count else None for b in read]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -130,7 +130,7 @@ def plan(t: Toggles, batches: Sequence[tuple[Any, ...]], budget: Budget, activat
         t: the switched graph of the model in its own bits. batches: positional inputs. activation_bits: of the scheme.
 
     Raises:
-        SchemeError: the smallest choice is over the budget; that cost is named.
+        SchemeError: no layer is quantized; or the smallest choice is over the budget, whose cost is then named.
     """
     quantized = [b for b in budget.bits if b != FLOAT]
     noise = noise_at(t, batches, quantized)
@@ -149,6 +149,8 @@ def plan(t: Toggles, batches: Sequence[tuple[Any, ...]], budget: Budget, activat
 
         own += cost(made.weight_grid.spec.bits)
         choices[node.name] = [LayerBits(path, b, cost(b), 0.0 if b == FLOAT else noise[name][b]) for b in sorted(set(budget.bits))]
+    if not own:
+        raise SchemeError("no layer is quantized, so there are no bits to choose", way_out="Leave budget= out, or keep fewer layers float")
     limit = budget.limit(own)
     least = sum(options[0].cost for options in choices.values())
     if least > limit:
@@ -161,7 +163,7 @@ def _costed(t: Toggles) -> Any:
     """The graph with its layers as costs are counted on: float modules."""
     state = State.of(t.gm)
     parts = {path: getattr(part, "floating", part) for path, part in state.parts.items()}
-    return State(state.graph, parts, state.grids, state.marks).build()
+    return replace(state, parts=parts).build()
 
 
 def cheapest(choices: Sequence[Sequence[LayerBits]], limit: float) -> list[LayerBits]:

@@ -99,7 +99,7 @@ class Resumed:
     def run(self, changed: Sequence[str]) -> Any:
         """The output with other modules behind the nodes ``changed``."""
         first = min(self.order[n] for n in changed)
-        env = {n: v for n, v in self.kept.items() if self.order[n.name] < first}
+        env = {n: v for n, v in self.kept.items() if self.order[n.name] < first or n.op == "placeholder"}
         runner = Interpreter(self.gm)
         runner.extra_traceback = False
         with torch.inference_mode():

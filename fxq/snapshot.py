@@ -212,10 +212,10 @@ class History:
         return "\n".join([head, "-" * len(head), *(f"{n:<44} {m}" for m, n in found)])
 
     def floats(self) -> dict[str, nn.Module]:
-        """Module path -> float layer as it was before ``convert``; empty when the graphs were not kept."""
+        """Module path -> float layer as it was before ``convert``; empty when the graphs were not kept, or the model was changed since (trained, retyped)."""
         names = [s.name for s in self.snapshots]
         state = self.snapshots[names.index("convert") - 1].state if "convert" in names[1:] else None
-        return {} if state is None else {k: v for k, v in state.parts.items() if isinstance(v, nn.Module)}
+        return {} if state is None or state.changed else {k: v for k, v in state.parts.items() if isinstance(v, nn.Module)}
 
     def release(self) -> None:
         """Let the graphs of all passes go: the float weights that only they hold leave memory. Texts and numbers stay."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 from fxq.graph import Grid, attr, grids, module_of, new_graph_module
@@ -21,12 +23,14 @@ class State:
         parts: module path or attribute path -> the module or tensor that the graph had there.
         grids: the grids by name.
         marks: each node with what its meta says.
+        stamps: path -> what tells that a part was changed in place since.
     """
 
     graph: Graph
     parts: dict[str, Any]
     grids: dict[str, Grid]
     marks: tuple[Any, ...] = field(repr=False)
+    stamps: dict[str, dict[str, tuple[Any, ...]]] = field(repr=False)
 
     @classmethod
     def of(cls, gm: GraphModule, before: State | None = None) -> State:
@@ -35,13 +39,30 @@ class State:
         marks = tuple((n.format_node(), *(n.meta.get(key) for key in MARKS)) for n in gm.graph.nodes)
         if before is not None and marks == before.marks and _same(parts, before.parts) and _same(grids(gm), before.grids):
             return before
-        return cls(copy.deepcopy(gm.graph), parts, dict(grids(gm)), marks)
+        return cls(copy.deepcopy(gm.graph), parts, dict(grids(gm)), marks, {path: _stamp(part) for path, part in parts.items()})
 
     def build(self) -> GraphModule:
         """A graph module of its own over the shared modules, in eval mode."""
         gm = new_graph_module(self.parts, copy.deepcopy(self.graph), "GraphModule")  # type: ignore[arg-type]
         gm.meta["grids"] = dict(self.grids)
         return gm
+
+    @property
+    def changed(self) -> str | None:
+        """Path of the first part that was trained, retyped, moved or edited since; ``None`` when all are as they were recorded."""
+        return next((path for path, part in self.parts.items() if not self.stamps[path].items() <= _stamp(part).items()), None)
+
+
+def _stamp(part: Any) -> dict[str, tuple[Any, ...]]:
+    """Type, device and version (which every change in place counts up) of each tensor. Modules may get children later: grids stand inside them."""
+    return {name: (t.dtype, t.device, None if t.is_inference() else t._version) for name, t in part_tensors(part).items()}
+
+
+def part_tensors(part: Any) -> dict[str, Tensor]:
+    """The tensor itself, or the parameters and buffers of a module, by name."""
+    if isinstance(part, Tensor):
+        return {"": part}
+    return dict(chain(part.named_parameters(), part.named_buffers())) if isinstance(part, nn.Module) else {}
 
 
 MARKS = ("shape", "grid", "integer", "weight_spec", "absorbed", "narrow", "reads_codes", "int8_layer")

@@ -134,7 +134,7 @@ class Toggles:
                 parts[str(node.target)] = self.values[node.name] = ValueSwitch(module, None if grid is None else grid.clamp)
                 self.grids.setdefault(str(node.meta.get("grid", node.name)), []).append(node.name)
                 self.paths[node.name] = value_path(node)
-        self.gm = State(state.graph, parts, state.grids, state.marks).build()
+        self.gm = replace(state, parts=parts).build()
 
     def set(self, mode: str, names: Iterable[str] | None = None) -> None:
         """Switch the given nodes (default: all)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,11 @@ from fxq.snapshot import History, take
 from fxq.trackers import Sign, TrackedFakeQuantize, Tracker
 from fxq.training import FloatLayer, FloatNorm, Normed, TrainedLayer, unsigned_where
 from fxq.training_lowbit import EstimatedLayer
+
+if TYPE_CHECKING:
+    from fxq.quant_sensitivity import QuantSensitivity
+    from fxq.selectors import Selector
+    from fxq.verdicts import Verdict
 
 QAT, QAFT = "qat", "qaft"
 LAYERS = (TrainedLayer, EstimatedLayer, FloatLayer, FloatNorm)
@@ -190,7 +195,7 @@ class TrainableModel(CompiledModel):
                 table[fq.grid] = replace(table[fq.grid], spec=qp.spec, qparams=qp, step=fq.tracker.step)
                 swap_module(gm, node, fq.deployed(qp))
         finish(gm)
-        history = History([*self.history, take(gm, "convert-trained")])
+        history = History([*self.history, take(gm, "convert-trained")], self.history.example)
         return CompiledModel(gm, self.captured, history, self.scheme, self.target)
 
     def _require_data(self, what: str) -> None:
@@ -202,6 +207,18 @@ class TrainableModel(CompiledModel):
     def reference(self, *args: Any) -> Any:
         """The integer reference of the model as it is now: that of :meth:`convert`."""
         return self.convert().reference(*args)
+
+    def bisect(self, *args: Any, **options: Any) -> Verdict:
+        """What is wrong with the model as it is now: that of :meth:`convert`."""
+        return self.convert().bisect(*args, **options)
+
+    def sensitivity(self, *args: Any, **options: Any) -> QuantSensitivity:
+        """What each rounding costs in the model as it is now: that of :meth:`convert`."""
+        return self.convert().sensitivity(*args, **options)
+
+    def with_float(self, *selectors: Selector) -> CompiledModel:
+        """The model as it is now with the named nodes in float: that of :meth:`convert`."""
+        return self.convert().with_float(*selectors)
 
     def lower(self, backend_name: str = "onnx-qdq", target: Any = None, **options: Any) -> Artifact:
         """A model in training is not lowered.
