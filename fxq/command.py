@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _lint(a: argparse.Namespace) -> int:
     """Report what a runtime will run in integers, reject or compute otherwise. Exit code 0: nothing found, 1: errors found, 2: your mistake."""
     from fxq.lint import LintReport, lint
+    from fxq.lint_whole import named
 
     _check_options(a)
     if a.portable:
@@ -79,7 +80,8 @@ def _lint(a: argparse.Namespace) -> int:
     notes: list[str] = []
     if a.fix:
         fixed, notes = _fixed(a)
-        report = lint(fixed, a.target)
+        with named(a.file):
+            report = lint(fixed, a.target)
         if a.output:
             _save(a, fixed)
     else:
@@ -113,21 +115,16 @@ def _fixed(a: argparse.Namespace) -> tuple[onnx.ModelProto, list[str]]:
     """The repaired model, its weights inside, and what was done.
 
     Raises:
-        InputError: when weights that are stored beside the file are not there.
+        ArtifactError: when it is no whole ONNX file, or weights that are stored beside it are not there.
     """
-    import onnx
-    from onnx import external_data_helper
-
-    from fxq.lint import load
+    from fxq.lint import load_whole
     from fxq.lint_fix import fix as fix_onnxruntime
     from fxq.lint_trt_fix import fix
+    from fxq.lint_whole import refusing
 
-    model = load(a.file)
-    try:
-        external_data_helper.load_external_data_for_model(model, os.path.dirname(a.file))
-    except (OSError, ValueError, onnx.checker.ValidationError) as e:
-        raise InputError(f"its weights cannot be read: {e}", where=a.file, way_out="Put their files beside the model") from e
-    return fix_onnxruntime(model) if a.target == "onnxruntime" else fix(model, a.target)
+    model = load_whole(a.file)
+    with refusing(model, a.file):
+        return fix_onnxruntime(model) if a.target == "onnxruntime" else fix(model, a.target)
 
 
 def _portable(a: argparse.Namespace) -> int:

@@ -21,7 +21,9 @@ from fxq.lint_graph import BYTES, DQ, Net, Op, Q
 from fxq.lint_report import CLIPS, GONE, LintReport, OpReport, agrees, compute_nodes, label
 from fxq.lint_rules import KERNELS, ON_CODES, Blocked, fuse, fuse_dynamic, match
 from fxq.lint_steps import BEFORE, drop_dq_q, signed_to_unsigned
+from fxq.lint_trt_graph import inlined
 from fxq.lint_trt_report import TrtReport
+from fxq.lint_whole import refusing, require_whole
 from fxq.lowering import contents
 
 TARGETS = {"onnxruntime": "ONNX Runtime, CPU provider, all optimizations", lint_ov.TARGET: lint_ov.SUMMARY, **lint_trt.SUMMARIES}
@@ -52,7 +54,7 @@ def lint(model: Source, target: str = "onnxruntime") -> LintReport | TrtReport:
 
     Raises:
         TargetError: for an unknown target; the nearest one is offered.
-        ArtifactError: when the file cannot be read, or scales that are stored beside it.
+        ArtifactError: when the file cannot be read, or scales that are stored beside it; when it is no valid graph.
     """
     if target not in TARGETS:
         raise TargetError(f"no lint rules for target {target!r}", way_out=nearest(target, TARGETS))
@@ -60,9 +62,13 @@ def lint(model: Source, target: str = "onnxruntime") -> LintReport | TrtReport:
     if target in lint_trt.CAPABILITIES:
         return lint_trt.check(proto, target, folder=os.path.dirname(model) if isinstance(model, (str, os.PathLike)) else None)
     _read_beside(proto, model)
-    net = Net(proto)
-    if target == lint_ov.TARGET:
-        return lint_ov.check(net)
+    where = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
+    with refusing(proto, where):
+        net = Net(inlined(proto))
+        return lint_ov.check(net) if target == lint_ov.TARGET else _onnxruntime(net)
+
+
+def _onnxruntime(net: Net) -> LintReport:
     nodes = compute_nodes(net)
     net.until_stable(BEFORE)
     net.until_stable((absorb_clips,))
@@ -89,7 +95,8 @@ def _read_beside(proto: onnx.ModelProto, model: Source) -> None:
         try:
             external_data_helper.load_external_data_for_tensor(tensor, os.path.dirname(where))
         except (OSError, ValueError, onnx.checker.ValidationError) as e:
-            raise ArtifactError(f"its weights cannot be read: {e}", where=where, way_out="Put their files beside the model, and give its path") from e
+            fact = f"its weights cannot be read: {str(e).rstrip('.')}"
+            raise ArtifactError(fact, where=where or None, way_out="Put their files beside the model, and give its path") from e
         tensor.data_location = onnx.TensorProto.DEFAULT
         del tensor.external_data[:]
 
@@ -114,9 +121,10 @@ def load(model: Source) -> onnx.ModelProto:
     """ModelProto of bytes, a path or itself.
 
     Raises:
-        ArtifactError: when it is no ONNX file.
+        ArtifactError: when it is no ONNX file, or its nodes are no graph (:func:`fxq.lint_whole.require_whole`).
     """
     if isinstance(model, onnx.ModelProto):
+        require_whole(model)
         return model
     data, where = contents(model)
     try:
@@ -125,6 +133,21 @@ def load(model: Source) -> onnx.ModelProto:
         raise ArtifactError("is not a whole ONNX file", where=where, way_out="Lower the model again") from e
     if not proto.graph.node:
         raise ArtifactError("holds no ONNX graph", where=where, way_out="Give an .onnx file")
+    require_whole(proto, where)
+    return proto
+
+
+def load_whole(path: str | os.PathLike[str]) -> onnx.ModelProto:
+    """ModelProto of a path, with the weights that are stored beside it.
+
+    Raises:
+        ArtifactError: when it is no ONNX file (:func:`load`), or its weights are not there.
+    """
+    proto = load(path)
+    try:
+        external_data_helper.load_external_data_for_model(proto, os.path.dirname(os.fspath(path)))
+    except (OSError, ValueError, onnx.checker.ValidationError) as e:
+        raise ArtifactError(f"its weights cannot be read: {str(e).rstrip('.')}", where=os.fspath(path), way_out="Put their files beside the model") from e
     return proto
 
 
@@ -148,7 +171,7 @@ def runtime_report(model: Source) -> LintReport:
         ArtifactError: when the file cannot be read or the runtime refuses it.
     """
     proto = onnx.ModelProto()
-    proto.CopyFrom(load(model))
+    proto.CopyFrom(inlined(load(model)))
     nodes = compute_nodes(Net(proto))
     for index, node in enumerate(proto.graph.node):
         node.name = f"fxq{index}_"

@@ -47,6 +47,8 @@ def absorb_clips(net: Net) -> bool:
 def clip_stays(net: Net, clip: Op, q: Op, exact: bool = False) -> str:
     """Why ``clip`` does not vanish into ``q``; empty when it does. A fusion compares bounds rounded to codes, a lone Q compares them exactly."""
     kind, scale, zero = net.codes(q), net.scalar(q.inputs[1]), zero_point(net, q)
+    if net.types.get(q.inputs[1], onnx.TensorProto.FLOAT) != onnx.TensorProto.FLOAT:
+        return f"the {clip.op} behind it stays: the scale of its QuantizeLinear is not float32"
     if kind not in CODES or scale is None or zero is None:
         return f"the {clip.op} behind it stays: the grid of its QuantizeLinear is not a constant scalar of 8 or 16 bits"
     spec = CODES[kind]

@@ -16,6 +16,7 @@ from fxq import lint_fix_layers
 from fxq.lint_trt_edit import Editor, grid, stays
 from fxq.lint_trt_flow import code_type
 from fxq.lint_trt_graph import Array, Graph, Node, inlined
+from fxq.lint_whole import require_whole
 from fxq.spec import QuantSpec
 
 INT8, UINT8 = int(TensorProto.INT8), int(TensorProto.UINT8)
@@ -157,7 +158,11 @@ def fix(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
     Returns:
         The repaired model, and what was done, line by line, each ``exact`` or with its bound; lines that begin with ``not repaired`` say what was left and
         why. The model itself, when there is nothing to do.
+
+    Raises:
+        ArtifactError: when its nodes are no graph.
     """
+    require_whole(model)
     copy = onnx.ModelProto()
     copy.CopyFrom(inlined(model))
     edit = Editor(copy)

@@ -12,6 +12,8 @@ from onnx import numpy_helper, shape_inference
 
 Q, DQ = "QuantizeLinear", "DequantizeLinear"
 DOMAINS = ("", "ai.onnx", "com.microsoft")
+BODIES = ("If", "Loop", "Scan")
+INSIDE = "the operations inside of it are not looked at; the runtime may run some in integers"
 SMALL = 64
 FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16)
 SHARED = (*FLOATS, onnx.TensorProto.INT32, onnx.TensorProto.INT64)

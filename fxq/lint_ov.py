@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+import onnx
 
-from fxq.lint_graph import BYTES, Net, Op
+from fxq.lint_graph import BODIES, BYTES, INSIDE, Net, Op
 from fxq.lint_ov_rules import (
     AFFINE,
     FUSED,
@@ -259,14 +260,14 @@ class Walk:
         folds = op.op == "BatchNormalization" or (op.op in AFFINE and bool(set(op.inputs) & self.constant))
         if value.joined and value.rounded and folds:
             return self.floating(op, "OpenVINO 2026.4.1 crashes on such a constant behind a Concat that is rounded to a grid whose zero point is not 0")
-        if value.codes is not None and value.host is None and fixed_by_grid(op, value.codes):
+        if value.codes is not None and value.host is None and fixed_by_grid(op, value.codes) and not self._half(op.inputs[0]):
             return self.integer(op, op.op, value)
         if op.op in SUMMED and len(op.inputs) == 2 and not set(op.inputs) & self.constant:
             return self._sum(op)
         if op.op in AFFINE:
             return self._affine(op)
         if op.op not in FUSED:
-            return self.floating(op, "OpenVINO computes it in float")
+            return self.floating(op, INSIDE if op.op in BODIES else "OpenVINO computes it in float")
         return self._follow(op, op.inputs[0], value)
 
     def _on_codes(self, op: Op) -> None:
@@ -296,6 +297,10 @@ class Walk:
         self.values[op.outputs[0]] = replace(out, root=op.outputs[0])
         return None
 
+    def _half(self, name: str) -> bool:
+        """Its file calls the value float16 (or of another float type than float32)."""
+        return self.net.types.get(name, 0) not in (0, onnx.TensorProto.FLOAT)
+
     def _affine(self, op: Op) -> None:
         """With a constant that is one number, or one a channel."""
         names = [name for name in op.inputs if name not in self.constant]
@@ -306,6 +311,8 @@ class Walk:
         if int(np.prod([s or 1 for s in shape])) not in (1, *(s for s in shape if s)):
             return self.floating(op, "its constant differs along more than one dimension: it is a pointwise layer of its own, computed in float")
         value = self.value(names[0])
+        if value.host is not None and value.host.kind == WEIGHTS_ONLY and self._half(names[0]):
+            return self.floating(op, "its values are float16, behind a product whose weight alone is in codes: it is a pointwise layer of its own")
         if value.view and shape and int(np.prod([s or 1 for s in shape])) != 1:
             return self.floating(op, "its constant is not one number, and its input was moved: it is a pointwise layer of its own, computed in float")
         return self._follow(op, names[0], value)

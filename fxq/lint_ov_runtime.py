@@ -14,6 +14,7 @@ from fxq.lint_graph import Net, Op
 from fxq.lint_ov import float_reader
 from fxq.lint_ov_rules import AFFINE, BITS, FUSED, KERNEL, LAYERS, POINTWISE, SAME, VIEWS, WEIGHTS_ONLY, codes_of, source_grid
 from fxq.lint_report import CLIPS, GONE, LintReport, OpReport, compute_nodes, label
+from fxq.lint_trt_graph import inlined
 
 NAMES = {"HardSwish": "HSwish", "Clip": "Clamp", "Mul": "Multiply", "Sub": "Subtract", "Div": "Divide"}
 MARK = re.compile(r"fxq(\d+)_")
@@ -123,7 +124,8 @@ def _rename_captured(graph: onnx.GraphProto, names: dict[str, str]) -> None:
 
 def report(model: onnx.ModelProto, precision: str = "f32", **options: Any) -> LintReport:
     """What OpenVINO's CPU plugin makes of a file, node by node; arguments and errors as in :func:`execution`."""
-    return Truth(model, execution(model, precision, **options)).report()
+    whole = inlined(model)
+    return Truth(whole, execution(whole, precision, **options)).report()
 
 
 class Truth:

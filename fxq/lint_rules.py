@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 
 from fxq.lint_clips import clip_stays
-from fxq.lint_graph import BYTES, FLOATS, Net, Op, has
+from fxq.lint_graph import BODIES, BYTES, FLOATS, INSIDE, Net, Op, has
 from fxq.lint_steps import same_grid
 
 NIBBLES = tuple(getattr(onnx.TensorProto, n) for n in ("INT4", "UINT4", "INT2", "UINT2") if hasattr(onnx.TensorProto, n))
@@ -75,6 +75,8 @@ RULES: dict[str, Rule] = {
     "Unsqueeze": _MOVER,
     "ArgMax": Rule("", inputs="first", q="none", clip=False),
 }
+HALF = frozenset({"Expand", "Flatten", "Gather", "GatherElements", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"})
+"""Operations that the CPU provider has in float16; around others it puts Casts, which stand between them and their Q/DQ nodes."""
 FLOAT_OUT = {"MatMul": "MatMulIntegerToFloat", "Gemm": "QGemm"}  # kernel when no Q follows
 WEIGHT_ONLY = ("MatMul", "Gemm")
 ON_CODES = frozenset(op for op, r in RULES.items() if not r.kernel and r.q != "none") | {"Identity"}
@@ -108,9 +110,13 @@ def match(net: Net, op: Op) -> Match:
     if op.op in WEIGHT_ONLY and 0 not in dqs and 1 in dqs:
         return _weight_only(net, op, dqs[1])
     if rule is None:
-        raise Blocked("the operation has no integer kernel")
+        raise Blocked(INSIDE if op.op in BODIES else "the operation has no integer kernel")
     if rule.since and op.since not in rule.since:
         raise Blocked(f"version {op.since} of the operation has no integer kernel")
+    if op.op not in HALF and (wide := _scale_type(net, op, dqs)) != onnx.TensorProto.FLOAT:
+        if op.op == "Concat":
+            raise Blocked(f"the scales around it are {_name(wide)}: ONNX Runtime may refuse the file, since it makes a QLinearConcat without such a kernel")
+        raise Blocked(f"the scales around it are {_name(wide)}: the runtime computes it in float32, with Casts between it and its Q/DQ nodes")
     clip, qs = _outputs(net, op, rule)
     _check_inputs(net, op, rule, dqs)
     _check_types(net, op, rule, dqs, qs)
@@ -126,6 +132,12 @@ def match(net: Net, op: Op) -> Match:
         if not has(dqs[slot], 2):
             raise Blocked(f"the DequantizeLinear of input {slot} has no explicit zero point")
     return Match(dqs, qs, clip, (rule.kernel if qs or rule.q == "none" else FLOAT_OUT.get(op.op, rule.kernel)) or op.op)
+
+
+def _scale_type(net: Net, op: Op, dqs: dict[int, Op]) -> int:
+    """Element type of the scales in front of it; float32 where there are none, or they are not known."""
+    found = {net.types.get(dq.inputs[1], 0) for dq in dqs.values()} - {0, onnx.TensorProto.FLOAT}
+    return min(found, default=int(onnx.TensorProto.FLOAT))
 
 
 def _outputs(net: Net, op: Op, rule: Rule) -> tuple[Op | None, tuple[Op, ...]]:

@@ -91,6 +91,8 @@ def drop_double_pairs(net: Net) -> bool:
         last = net.only_reader(second) if second is not None and second.is_q else None
         if first is None or second is None or last is None or not last.is_dq or net.only_reader(first) is not dq:
             continue
+        if net.types.get(first.inputs[1]) != onnx.TensorProto.FLOAT:
+            continue
         if same_grid(net, first, dq) and same_grid(net, second, last) and net.codes(first) == net.codes(second):
             net.remove(dq)
             net.remove(second)

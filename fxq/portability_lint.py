@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,8 +12,9 @@ import numpy as np
 import torch
 from onnx import TensorProto
 
-from fxq.lint import Source, lint, load
+from fxq.lint import Source, lint, load, load_whole
 from fxq.lint_trt_graph import Graph, Node, inlined, read
+from fxq.lint_whole import named
 from fxq.portability_pairs import MOST, depthwise, paired, unsafe, worst
 
 Array = np.ndarray[Any, Any]
@@ -99,8 +101,10 @@ def check(model: Source) -> PairReport:
     Raises:
         ArtifactError: when the file cannot be read.
     """
-    proto = inlined(load(model))
-    integer = {o.node for o in lint(proto).ops if o.runs == "int8"}
+    file = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
+    proto = inlined(load(model) if file is None else load_whole(file))
+    with named(file):
+        integer = {o.node for o in lint(proto).ops if o.runs == "int8"}
     graph = read(proto)
     findings, safe, unread = [], 0, []
     for node, activation, weight in _products(graph, integer):

@@ -34,7 +34,7 @@ STREET: tuple[tuple[str, ...], ...] = (
     ("bisect",),
     ("debugging",),
     ("passes", "backends"),
-    ("lint_graph", "exposed", "lint_trt_fold", "lint_trt_report", "prunable"),
+    ("lint_graph", "lint_whole", "exposed", "lint_trt_fold", "lint_trt_report", "prunable"),
     ("lint_clips", "verdict", "lint_trt_graph", "lint_report", "lint_ov_rules"),
     ("lint_steps", "lint_trt_flow", "lint_trt_packed", "lint_ov"),
     ("lint_rules", "lint_trt_ops", "lint_ov_runtime"),
