@@ -13,13 +13,15 @@ from torch.fx import GraphModule, Node
 from fxq import numerics
 from fxq.audit import Finding
 from fxq.graph import Grid, data_inputs, grid_of, grids, kind, module_of, reads_codes, walk
-from fxq.modules import Clamp, FakeQuantize, Quantized
+from fxq.modules import WEIGHTED, Clamp, FakeQuantize, Quantized
 from fxq.schemes import Scheme
 from fxq.spec import QParams
 from fxq.targets import Target
 from fxq.toggles import CHANNELS
 from fxq.weight_ranges import weight_range
 
+PRODUCTS = (*WEIGHTED, "matmul")
+ASKED = "left float on request"
 CLOSE = 1e-4
 """Relative difference up to which two scales are the same."""
 
@@ -127,23 +129,60 @@ def _same(a: QParams, b: QParams) -> bool:
     return equal and torch.allclose(a.scale.cpu(), b.scale.cpu(), rtol=CLOSE, atol=0)
 
 
+def islands(gm: GraphModule, target: Target) -> Iterator[Finding]:
+    """Layers and products that the target has integer forms of and that stay float though integers come in and are read behind, with the planner's reason.
+
+    Connected float operations are one island, named by its first layer or product. What the user asked to stay float is none.
+    """
+    floats = {n for n, _ in walk(gm) if n.meta.get("integer") is False and n.op != "output"}
+    seen: set[Node] = set()
+    for node in gm.graph.nodes:
+        if node not in floats or node in seen:
+            continue
+        region, todo, edge = {node}, [node], set[Node]()
+        while todo:
+            n = todo.pop()
+            for other in (*n.all_input_nodes, *n.users):
+                if other in floats and other not in region:
+                    region.add(other)
+                    todo.append(other)
+                elif other not in floats and other.op != "get_attr":
+                    edge.add(other)
+        seen |= region
+        first = next((n for n in gm.graph.nodes if n in region and kind(gm, n) in PRODUCTS and kind(gm, n) in target.ops), None)
+        if first is not None and not str(first.meta.get("float_why")).startswith(ASKED) and all(n.meta.get("integer") for n in edge):
+            why = first.meta.get("float_why") or "no reason was given"
+            more = f" (and {len(region) - 1} more behind or before it)" if len(region) > 1 else ""
+            yield Finding("annotate", first.name, path_of(first), "float island", f"it stays float between integer operations{more}: {why}", False)
+
+
 def convert_findings(before: GraphModule, after: GraphModule, scheme: Scheme, target: Target) -> Iterator[Finding]:
     """Fake-quantizers that are missing or have another grid than was calibrated, and weights and biases that are not what the float layer had."""
     floats = {n.name: n for n in before.graph.nodes}
     for node, k in walk(after):
         module = module_of(after, node) if node.op == "call_module" else None
         if isinstance(module, FakeQuantize):
-            yield from _fake_quantize(before, node, module)
+            yield from _fake_quantize(grids(before), floats, node, module)
         elif isinstance(module, Quantized) and node.name in floats:
             yield from _Layer(grids(before), node, module, module_of(before, floats[node.name]), k, scheme).findings()
         if node.meta.get("integer") and not isinstance(module, FakeQuantize) and target.placement == "outputs" and scheme.method == "static":
             yield from _unrounded(after, node, k, target)
 
 
-def _fake_quantize(before: GraphModule, node: Node, module: FakeQuantize) -> Iterator[Finding]:
-    grid = grids(before).get(str(node.meta.get("grid")))
+def _fake_quantize(calibrated: dict[str, Grid], floats: dict[str, Node], node: Node, module: FakeQuantize) -> Iterator[Finding]:
+    name = node.meta.get("grid")
+    grid = calibrated.get(str(name))
     want = None if grid is None else grid.qparams
-    if want is None:
+    if grid is None or want is None:
+        return
+    source, narrowed = node.all_input_nodes[0], {u.meta.get("narrow") for u in node.users}
+    while source.all_input_nodes and source.name not in floats:
+        source = source.all_input_nodes[0]
+    there = floats[source.name].meta.get("grid") if source.name in floats else None
+    if there is not None and there != name and name not in narrowed:
+        fact = f"it rounds {source.name}, whose grid is {there!r}, to the grid {name!r}"
+        related = (source.name, *(u.name for u in node.users))
+        yield Finding("convert", node.name, path_of(node), "misplaced quantizer", fact, True, (node.name,), related=related)
         return
     have = module.qparams
     if have.spec != want.spec:
@@ -155,6 +194,14 @@ def _fake_quantize(before: GraphModule, node: Node, module: FakeQuantize) -> Ite
     elif not _same(have, want):
         fact = f"its scale is {float(have.scale.flatten()[0]):.6g}, calibrated was {float(want.scale.flatten()[0]):.6g}"
         yield Finding("convert", node.name, path_of(node), "wrong scale", fact, True, (node.name,))
+    elif not _same_step(module.step, grid.step):
+        have_step, want_step = ("none" if s is None else f"{float(s.flatten()[0]):.6g}" for s in (module.step, grid.step))
+        fact = f"the scale that it divides by is {have_step}, calibrated was {want_step}"
+        yield Finding("convert", node.name, path_of(node), "wrong scale", fact, True, (node.name,))
+
+
+def _same_step(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or a is not None and b is not None and torch.allclose(a.cpu(), b.cpu(), rtol=CLOSE, atol=0)
 
 
 def _unrounded(gm: GraphModule, node: Node, k: str, target: Target) -> Iterator[Finding]:
@@ -246,7 +293,8 @@ class _Layer:
         have = grid.scale.to(torch.float64)
         rounded = numerics.dequantize(numerics.quantize_bias(bias.detach(), grid.qparams), grid.qparams)
         error = (rounded.to(torch.float64) - bias.detach().to(torch.float64)).abs()
-        saturated = int((error > have * 0.75).sum())
+        fine = bias.detach().abs().to(torch.float64) * torch.finfo(torch.float32).eps  # codes beyond 2^24 are rounded on their way back
+        saturated = int((error > have * 0.75 + fine).sum())
         if saturated:
             yield self._find("saturation", f"its bias does not fit the codes in {saturated} of {bias.numel()} channels")
         elif not torch.allclose(have, want.expand_as(have), rtol=CLOSE, atol=0):

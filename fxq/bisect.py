@@ -31,6 +31,8 @@ MARGIN = {"sqnr": 1.5, "agreement": 0.02, "accuracy": 0.01}
 """A compiled model is as good as its codes allow when it is no worse than with the best grids by more than this."""
 TRAINED = "convert-trained"
 """The last state of a model that was made to be trained."""
+MOST = 0.9
+"""This share of what the best grids gain is explained by the grids that are named."""
 PROBE = 32
 """Samples on which grids are looked at; the metric sees all data."""
 EXACT_SAMPLES = 2
@@ -109,7 +111,8 @@ def bisect(
     case = _Case(history, gm, scheme, target, measure, batches, Toggles(gm, history.floats()), 4, trained)
     if stray is not None:
         causes = (Cause(stray, None),)
-        return Verdict(False, "not deterministic", measure, {"float": measure.floor}, causes, (), measure.runs, case.runs, time.perf_counter() - start)
+        spent = {"evaluations": measure.runs, "runs": case.runs, "seconds": time.perf_counter() - start}
+        return Verdict(False, "not deterministic", measure, {"float": measure.floor}, causes, **spent)  # type: ignore[arg-type]
     verdict = _judge(case, tolerance)
     return replace(verdict, seconds=time.perf_counter() - start)
 
@@ -166,9 +169,10 @@ def _judge(case: _Case, tolerance: float | None) -> Verdict:
     best = scores.get("best grids")
     short = allowed is not None and bad and (best is None or metric.drop(best) > allowed or not causes)
     causes = [replace(c, effect=_effect(case, c.finding, scores["compiled"])) for c in causes[:EFFECTS]] + causes[EFFECTS:]
+    notes = () if causes else _notes(case, ranges, scores)
     limits = _limits(case, ranges, allowed) if short and allowed is not None else ()
     word = "faults found" if causes else "the codes are too few" if limits else "below the tolerance" if bad else "nothing wrong"
-    return Verdict(not causes and not bad, word, metric, scores, tuple(causes), limits, metric.runs, case.runs, 0.0)
+    return Verdict(not causes and not bad, word, metric, scores, tuple(causes), limits, notes, metric.runs, case.runs)
 
 
 def _grids(case: _Case, ranges: audit_ranges.Ranges, findings: Sequence[Finding], scores: dict[str, float], wanted: bool) -> list[Finding]:
@@ -182,7 +186,7 @@ def _grids(case: _Case, ranges: audit_ranges.Ranges, findings: Sequence[Finding]
     t.set(IDEAL, [*t.values, *(name for f in findings for name in f.switches)])
     scores["best grids"] = metric(t.gm)
     t.set(ON)
-    goal = scores["best grids"] - MARGIN.get(metric.name, abs(scores["best grids"]) * 0.05)
+    goal = scores["best grids"] - _margin(metric, scores["best grids"])
     return _suspects(case, ranges, findings, goal) if now < goal and wanted else []
 
 
@@ -240,7 +244,7 @@ def _distinct(case: _Case, found: list[Finding]) -> list[Finding]:
     kept: list[Finding] = []
     taken: set[str] = set()
     for f in found:
-        if f.node in taken or f.path in taken:
+        if f.node in taken or f.path in taken or taken & set(f.related):
             continue
         state = case.state(f.step)
         grid = next((n.meta.get("grid") for n in state.graph.nodes if n.name == f.node), None) if state is not None else None
@@ -278,33 +282,45 @@ def _suspects(case: _Case, ranges: audit_ranges.Ranges, certain: Sequence[Findin
     known = {name for f in certain for name in f.switches}
     for least in (audit_ranges.SUSPECT_DB, audit_ranges.NOISY_DB):
         some = [_at_calibrate(case, f) for f in audit_ranges.range_findings(case.toggles, ranges, least) if not known & set(f.switches)]
-        found = _confirmed(case, certain, some, goal) if some else []
+        found = _confirmed(case, certain, some, goal, least == audit_ranges.NOISY_DB) if some else []
         if found:
             return found
     return []
 
 
-def _confirmed(case: _Case, certain: Sequence[Finding], suspects: Sequence[Finding], goal: float) -> list[Finding]:
-    """The fewest of the worst suspects whose best grids bring the metric to ``goal``: bisection over their ranking, then without those that are not needed."""
+def _confirmed(case: _Case, certain: Sequence[Finding], suspects: Sequence[Finding], goal: float, partly: bool) -> list[Finding]:
+    """The fewest of the worst suspects whose best grids bring the metric to ``goal``: bisection over their ranking, then without those that are not needed.
+
+    ``partly``: where all of them together do not reach it but gain more than the margin, most of that gain is the goal.
+    """
     t = case.toggles
     base = [n for f in certain for n in f.switches]
 
-    def good(chosen: Sequence[Finding]) -> bool:
+    def score(chosen: Sequence[Finding]) -> float:
         case.rest()
         t.set(IDEAL, [*base, *(n for f in chosen for n in f.switches)])
-        score = case.metric(t.gm)
+        found = case.metric(t.gm)
         t.set(ON)
-        return score >= goal
+        return found
 
-    if not good(suspects):
-        return []
-    k = _first(len(suspects), lambda n: good(suspects[:n]))
+    reached = score(suspects)
+    if reached < goal:
+        now = score([]) if partly else reached
+        if not reached - now > _margin(case.metric, now):
+            return []
+        goal = now + MOST * (reached - now)
+    k = _first(len(suspects), lambda n: score(suspects[:n]) >= goal)
     chosen = list(suspects[:k])
     for f in list(chosen[:-1] if len(chosen) <= 6 else ()):
         rest = [c for c in chosen if c is not f]
-        if good(rest):
+        if score(rest) >= goal:
             chosen = rest
     return chosen
+
+
+def _margin(metric: Metric, score: float) -> float:
+    """Differences up to this are none."""
+    return MARGIN.get(metric.name, abs(score) * 0.05)
 
 
 def _first(n: int, good: Callable[[int], bool]) -> int:
@@ -314,6 +330,20 @@ def _first(n: int, good: Callable[[int], bool]) -> int:
         mid = (lo + hi) // 2
         lo, hi = (lo, mid) if good(mid) else (mid + 1, hi)
     return lo
+
+
+def _notes(case: _Case, ranges: audit_ranges.Ranges, scores: dict[str, float]) -> tuple[Finding, ...]:
+    """What costs accuracy or time though no pass is wrong: values on shared grids that are too wide for them, where it matters; float islands."""
+    t, metric = case.toggles, case.metric
+    notes = audit_ranges.shared_findings(t, ranges)
+    if notes:
+        case.rest()
+        now = scores.get("weights float", scores["compiled"])
+        t.set(OFF, [n for f in notes for n in t.grids[ranges.seen[f.node].grid]])
+        gained = metric(t.gm) - now
+        t.set(ON)
+        notes = notes if gained > _margin(metric, now) else []
+    return (*notes, *audit_grids.islands(case.gm, case.target)) if case.scheme.method == "static" else tuple(notes)
 
 
 def _limits(case: _Case, ranges: audit_ranges.Ranges, allowed: float) -> tuple[Finding, ...]:
@@ -331,7 +361,9 @@ def _limits(case: _Case, ranges: audit_ranges.Ranges, allowed: float) -> tuple[F
     k = _first(len(rank), good)
     t.set(ON)
     last = case.history.snapshots[-1].name
-    return tuple(Finding(last, name, t.paths[name], f"{what} too coarse", f"{db:.1f} dB by itself", False, (name,), -db) for db, name, what in rank[:k])
+    shared = {f.node: f for f in audit_ranges.shared_findings(t, ranges)}
+    made = [Finding(last, name, t.paths[name], f"{what} too coarse", f"{db:.1f} dB by itself", False, (name,), -db) for db, name, what in rank[:k]]
+    return tuple(replace(shared[f.node], fact=f"{f.fact}; {shared[f.node].fact}") if f.node in shared else f for f in made)
 
 
 def _not_deterministic(floating: GraphModule, gm: GraphModule, batch: tuple[Any, ...]) -> Finding | None:

@@ -32,9 +32,12 @@ class Verdict:
     Attributes:
         ok: no pass broke its promise, and the metric is within the tolerance.
         word: the result in a few words.
-        scores: what was measured: ``float``, ``compiled``, ``best grids`` (the scheme's codes on the best grids for this data).
+        scores: what was measured: ``float``, ``compiled``, ``best grids`` (the scheme's codes on the best grids for this data). Where weights or
+            biases were made for the grids as they are (feedback, bias correction), grids are compared with float weights, and ``weights float`` is that
+            with the grids as they are.
         causes: what is wrong, in the order of the passes, then by weight.
         limits: nothing is wrong there, but without these roundings the metric would be within the tolerance: the codes are too few.
+        notes: no faults, but what costs: values that use a small part of a grid they have to share, operations that stay float between integer ones.
         evaluations: how often the metric was measured.
         runs: how often a batch went through a graph besides.
         seconds: wall time.
@@ -46,6 +49,7 @@ class Verdict:
     scores: dict[str, float]
     causes: tuple[Cause, ...] = ()
     limits: tuple[Finding, ...] = ()
+    notes: tuple[Finding, ...] = ()
     evaluations: int = 0
     runs: int = 0
     seconds: float = 0.0
@@ -62,6 +66,9 @@ class Verdict:
             lines += [f"    {f.path}: {f.reason}, {f.fact}" for f in self.limits[:SHOWN]]
             if len(self.limits) > SHOWN:
                 lines.append(f"    ... {len(self.limits) - SHOWN} more in verdict.limits")
+        lines += [f"  note: {f}" for f in self.notes[:SHOWN]]
+        if len(self.notes) > SHOWN:
+            lines.append(f"  ... {len(self.notes) - SHOWN} more in verdict.notes")
         lines.append(f"  {self.evaluations} evaluations, {self.runs} more runs, {self.seconds:.1f} s")
         return "\n".join(lines)
 
@@ -78,4 +85,4 @@ class Verdict:
         counts = {"evaluations": self.evaluations, "runs": self.runs, "seconds": self.seconds}
         scores = {k: number(v) for k, v in self.scores.items()}
         head = {"ok": self.ok, "word": self.word, "metric": self.metric.name, "scores": scores}
-        return {**head, "causes": causes, "limits": [plain(f) for f in self.limits], **counts}
+        return {**head, "causes": causes, "limits": [plain(f) for f in self.limits], "notes": [plain(f) for f in self.notes], **counts}
