@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("onnx", "onnxruntime", "onnxscript", "torchvision", "rich", "scipy", "safetensors", "PIL", "matplotlib", "fast_sugiyama")
-SECONDS = "import time, torch; t = time.perf_counter(); import fxq; fxq.compile; print(time.perf_counter() - t)"
+SECONDS = "import time, torch; t = time.process_time(); import fxq; fxq.compile; print(time.process_time() - t)"
 LOADED = "import json, sys, torch; before = set(sys.modules); {code}; print(json.dumps(sorted({m.split('.')[0] for m in set(sys.modules) - before})))"
 
 
@@ -18,8 +18,8 @@ def fresh(code: str) -> str:
 
 
 def test_import_adds_less_than_300_ms_to_torch() -> None:
-    """The least of several: what else runs on the machine can only add to it."""
-    assert min(float(fresh(SECONDS)) for _ in range(4)) < 0.3
+    """Processor seconds of the process, the lesser of two: on a busy machine the clock on the wall says how busy it is."""
+    assert min(float(fresh(SECONDS)) for _ in range(2)) < 0.3
 
 
 def test_import_loads_no_heavy_package() -> None:
