@@ -20,7 +20,7 @@ from fxq.lint_clips import absorb_clips
 from fxq.lint_graph import BYTES, DQ, Net, Op, Q
 from fxq.lint_report import CLIPS, GONE, LintReport, OpReport, agrees, compute_nodes, label
 from fxq.lint_rules import KERNELS, ON_CODES, Blocked, fuse, fuse_dynamic, match
-from fxq.lint_steps import BEFORE, drop_dq_q, signed_to_unsigned
+from fxq.lint_steps import BEFORE, FIRST, drop_dq_q, signed_to_unsigned
 from fxq.lint_trt_graph import inlined
 from fxq.lint_trt_report import TrtReport
 from fxq.lint_whole import refusing, require_whole
@@ -70,6 +70,8 @@ def lint(model: Source, target: str = "onnxruntime") -> LintReport | TrtReport:
 
 def _onnxruntime(net: Net) -> LintReport:
     nodes = compute_nodes(net)
+    for step in FIRST:
+        step(net)
     net.until_stable(BEFORE)
     net.until_stable((absorb_clips,))
     signed_to_unsigned(net)

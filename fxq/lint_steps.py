@@ -356,6 +356,8 @@ def drop_dq_q(net: Net) -> bool:
     return False
 
 
+FIRST = (one_reader_per_dq, propagate_forward)
+"""Once, in front of all else: readers get DQs of their own, and those pass what moves codes before equal DQs are merged again."""
 BEFORE = (
     drop_identities, drop_double_pairs, merge_twins, fold_constants, transpose_into_gemm, transpose_weights, matmul_add,
     propagate_forward, propagate_backward, quantize_constants, one_reader_per_dq,

@@ -190,3 +190,19 @@ def test_users_mistakes(tmp_path: Path) -> None:
         lint(zoo.conv().SerializeToString()[:200])
     with pytest.raises(ArtifactError, match="holds no ONNX graph"):
         lint(b"")
+
+
+@pytest.mark.parametrize("mover", ["Reshape", "Transpose"])
+@pytest.mark.parametrize("other", ["", "Shape", "Exp"])
+def test_a_dq_that_others_read_too_still_passes_what_moves_codes(mover: str, other: str) -> None:
+    """A group norm reads the shape of what it reshapes; each reader gets a DQ of its own before equal ones are merged."""
+    g = zoo.Graph(21)
+    value = g.qdq(g.op("Conv", g.qdq(g.input("N", 4, 6, 6)), g.weight(4, 4, 1, 1), g.bias(4)))
+    moved = g.op("Reshape", value, g.const(zoo.ints(0, 2, -1))) if mover == "Reshape" else g.op("Transpose", value, perm=[0, 2, 3, 1])
+    outputs = [g.op("Exp", moved)]
+    if other:
+        outputs.append(g.op("Cast", g.op("Shape", value), to=1) if other == "Shape" else g.op("Exp", value))
+    model = g.model(*outputs)
+    actual = runtime_report(model)
+    assert agrees(lint(model), actual) == []
+    assert mover != "Reshape" or [o.runs for o in actual.ops if o.op == "Reshape"] == ["int8"]
