@@ -65,6 +65,7 @@ def facts(row: NodeRow, snapshot: Snapshot) -> dict[str, str]:
         found["cosine"] = f"{moved.cosine:.6f}"
         found["steps"] = "" if moved.steps is None else f"{moved.steps:g}"
         found["sqnr_to_float"] = "" if moved.total is None else decibels(moved.total)
+        found["reordered"] = "channels, put back for these numbers" if moved.reordered else ""
     return {k: v for k, v in found.items() if v}
 
 

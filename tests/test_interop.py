@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +176,11 @@ def test_a_plain_graph_module_keeps_its_own(capsys: pytest.CaptureFixture[str]) 
     given = torch.fx.symbolic_trace(net)
     fxq.compile(given, "int8", calibration=[torch.randn(2, 3, 32, 32)], progress=False)
     assert not hasattr(given, "print_tabular") and type(given.graph).print_tabular is torch.fx.Graph.print_tabular
+
+
+def test_reordered_channels_are_said(measured: fxq.CompiledModel) -> None:
+    s = measured.history.snapshots[-1]
+    name = next(iter(s.numbers))
+    turned = replace(s, numbers={**s.numbers, name: replace(s.numbers[name], reordered=True)})
+    row = next(r for r in s.rows if r.name == name)
+    assert "put back" in interop.facts(row, turned)["reordered"] and "reordered" not in interop.facts(row, s)

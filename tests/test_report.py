@@ -87,6 +87,19 @@ def test_numbers_of_each_state_are_those_of_the_history(model: CompiledModel) ->
     assert convert[str(place)][0] == pytest.approx(model.history["convert"].numbers["a"].sqnr, rel=1e-5)
 
 
+def test_reordered_channels_are_marked(model: CompiledModel) -> None:
+    last = model.history["convert"]
+    turned = replace(last, numbers={**last.numbers, "a": replace(last.numbers["a"], reordered=True)})
+    (made,) = states.history_json([turned])["passes"]
+    assert [turned.rows[int(i)].name for i, v in made["numbers"].items() if len(v) == 5] == ["a"]
+
+
+def test_two_reports_of_one_model_differ_in_one_field(model: CompiledModel, tmp_path: Path) -> None:
+    data = torch.randn(4, 3, 10, 10)
+    texts = [re.sub('data-made="[^"]*"', "", model.report(tmp_path / f"{i}.html", data).read_text()) for i in range(2)]
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize(("value", "shown"), [(None, None), (math.inf, "inf"), (-math.inf, "-inf"), (math.nan, "nan"), (1.23456789, 1.23457), (0.0, 0.0)])
 def test_numbers_that_json_has_not(value: float | None, shown: Any) -> None:
     assert states.number(value) == shown

@@ -1,6 +1,7 @@
 """The HTML report in a real Chromium, opened from disk: no error in the console, no request, and what it shows is what was computed."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 import fxq
 from fxq.compiled import CompiledModel
+from fxq.report import Section, render
+from fxq.snapshot import History
 from tests.report_page import PHONE, Net, Opened, chromium, opened
 
 EVIL = "</script><b id=evil>x</b>"
@@ -68,6 +71,23 @@ def test_every_pass_shows_its_graph_diff_numbers_and_what_it_left_alone(shown: O
         assert page.locator("#numbers tbody tr").count() == len(state.numbers)
         page.click('#stage [data-value="skips"]')
         assert page.locator("#skips tbody tr").count() == len(state.skips)
+
+
+def test_reordered_channels_are_said(browser: Browser, model: CompiledModel, tmp_path: Path) -> None:
+    states = list(model.history)
+    name = next(iter(states[-1].numbers))
+    states[-1] = replace(states[-1], numbers={**states[-1].numbers, name: replace(states[-1].numbers[name], reordered=True)})
+    path = tmp_path / "turned.html"
+    path.write_bytes(render([Section("", model.graph_module, History(states))], [], title="turned", scheme=model.scheme, target=model.target))
+    found = opened(browser, path)
+    found.page.click(f'#strip [data-value="{len(states) - 1}"]')
+    found.page.click('#stage [data-value="numbers"]')
+    lines = [t for t in found.page.locator("#numbers tbody tr").all_inner_texts() if "channels reordered" in t]
+    assert len(lines) == 1 and name in lines[0]
+    choose(found.page, name)
+    assert "channels reordered" in found.text("#story")
+    found.page.context.close()
+    assert found.trouble == []
 
 
 def test_changed_nodes_are_marked(shown: Opened, model: CompiledModel) -> None:

@@ -95,6 +95,7 @@ function numbers(at, name, s = section()) {
   }
   return pass.byName.get(name) || null;
 }
+const reordered = (values) => values && values[4] ? h('span', { class: 'muted', title: 'the numbers hold for the channels put back' }, ' channels reordered') : null;
 const measured = (s = section()) => s.passes.some((p) => Object.keys(p.numbers).length);
 
 function users(name, at) {

@@ -55,8 +55,8 @@ function story(name) {
     const mark = i ? marks(i).get(name) : nodes(0).has(name) ? 'traced' : undefined, values = numbers(i, name), skips = pass.skips.filter((k) => k[0] === name);
     if (!mark && !values && !skips.length) return;
     lines.push(h('tr', { class: i === S.pass ? 'here' : '' },
-      h('th', { scope: 'row' }, h('button', { class: 'link', type: 'button', onclick: () => choosePass(i) }, pass.name)), h('td', {}, mark ? h('span', { class: 'mark ' + mark }, mark) : '', skips.map((k) => h('div', { class: 'muted' }, 'left alone: ' + k[1]))),
-      measured() && (values || [null, null, null, null]).map((v, k) => h('td', { class: 'n' }, values ? (k % 3 === 0 ? db(v) : num(v, k === 1 ? 6 : 3)) : ''))));
+      h('th', { scope: 'row' }, h('button', { class: 'link', type: 'button', onclick: () => choosePass(i) }, pass.name)), h('td', {}, mark ? h('span', { class: 'mark ' + mark }, mark) : '', reordered(values), skips.map((k) => h('div', { class: 'muted' }, 'left alone: ' + k[1]))),
+      measured() && (values ? values.slice(0, 4) : [null, null, null, null]).map((v, k) => h('td', { class: 'n' }, values ? (k % 3 === 0 ? db(v) : num(v, k === 1 ? 6 : 3)) : ''))));
   });
   if (!lines.length) return null;
   const head = ['pass', '', ...(measured() ? ['SQNR dB', 'cosine', 'steps', 'total dB'] : [])];

@@ -24,7 +24,7 @@ def history_json(history: Iterable[Snapshot]) -> dict[str, Any]:
     Returns:
         ``rows``: every distinct node row (the fields of :class:`~fxq.snapshot.NodeRow` in order, ``inputs`` a list);
         ``passes``: name, rewrites, ms, moved, skips, ``edits`` against the state before, ``numbers`` (place in the state ->
-        SQNR, cosine, steps, total SQNR), ``layout``: which of ``layouts``.
+        SQNR, cosine, steps, total SQNR, and 1 where they hold for channels put back into their order), ``layout``: which of ``layouts``.
     """
     known: dict[NodeRow, int] = {}
     layouts: dict[tuple[Any, ...], int] = {}
@@ -60,7 +60,12 @@ def _row(r: NodeRow) -> list[Any]:
 
 
 def _numbers(rows: Sequence[NodeRow], found: Mapping[str, Any]) -> dict[str, list[Any]]:
-    return {str(i): [number(m.sqnr), number(m.cosine), number(m.steps), number(m.total)] for i, r in enumerate(rows) if (m := found.get(r.name)) is not None}
+    made = {}
+    for i, r in enumerate(rows):
+        m = found.get(r.name)
+        if m is not None:
+            made[str(i)] = [number(m.sqnr), number(m.cosine), number(m.steps), number(m.total), *([1] if m.reordered else [])]
+    return made
 
 
 def _layout(before: Sequence[NodeRow], after: Sequence[NodeRow], known: dict[tuple[Any, ...], int], drawn: list[dict[str, Any]]) -> int | None:

@@ -74,7 +74,7 @@ function numbersView() {
   const moved = rows.filter((r) => r.v[0] !== 'inf');
   return [h('p', { class: 'lead' }, `${moved.length} of ${rows.length} surviving values moved on the probe.`),
     table([
-      { title: 'node', value: (r) => r.node[NAME], show: (r) => nodeLink(r.node[NAME], { stay: true }) }, { title: 'kind', value: (r) => r.node[KIND] },
+      { title: 'node', value: (r) => r.node[NAME], show: (r) => [nodeLink(r.node[NAME], { stay: true }), reordered(r.v)] }, { title: 'kind', value: (r) => r.node[KIND] },
       { title: 'SQNR dB', help: 'against the state before the pass', value: (r) => asNumber(r.v[0]), right: true, rising: true, show: (r) => db(r.v[0]) }, { title: 'cosine', value: (r) => asNumber(r.v[1]), right: true, rising: true, show: (r) => num(r.v[1], 6) },
       { title: 'steps', help: 'greatest move in steps of its grid', value: (r) => (r.v[2] === null ? -1 : asNumber(r.v[2])), right: true, show: (r) => num(r.v[2], 3) },
       { title: 'total dB', help: 'against the captured float graph', value: (r) => asNumber(r.v[3]), right: true, rising: true, show: (r) => db(r.v[3]) },
