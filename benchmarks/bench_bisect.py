@@ -1,6 +1,6 @@
 """Does ``m.bisect`` name the pass and the node of a planted fault, and stay silent on clean compilations?
 
-60 faults of 23 kinds (``faults.py``), six in each of ten nets, each in one pass of the real pipeline; 20 clean compilations (two schemes, other data than
+60 faults of 29 kinds (``faults.py``), six in each of ten nets, each in one pass of the real pipeline; 20 clean compilations (two schemes, other data than
 the calibration). A fault counts as named when the first cause has its pass and one of its nodes and no other cause is named; a net that has no place for a
 kind passes it on to the next kind. Faults that move the output by less than MOVES dB are planted elsewhere in the same net, unless the pass promised
 not to move anything or to copy what it was given (then they count however small they are).

@@ -15,17 +15,27 @@ from typing import Any
 from unittest import mock
 
 import torch
+from faults_grids import (
+    Mutation,
+    Names,
+    axis_in_the_plan,
+    clamp_passed,
+    clip_too_low,
+    codes_lost,
+    pick,
+    ranges,
+    shared_wrongly,
+    square,
+    swapped_scales,
+    zero_sign,
+)
 from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxq import api
-from fxq.graph import grids, kind, module_of, swap_module, walk
+from fxq.graph import kind, module_of, swap_module, walk
 from fxq.modules import FakeQuantize, Quantized
 from fxq.pipeline import Pass, PassContext, Pipeline
-from fxq.spec import QParams
-
-Names = set[str]
-Mutation = Callable[[GraphModule, random.Random], Names | None]
 
 
 @dataclass(frozen=True)
@@ -36,10 +46,6 @@ class Fault:
     name: str
     mutate: Mutation
     before: bool = False
-
-
-def pick(rng: random.Random, items: list[Any]) -> Any:
-    return rng.choice(items) if items else None
 
 
 # fold-bn ----------------------------------------------------------------------------------------------------------------------------------------
@@ -74,7 +80,7 @@ def _no_gamma(bn: Any) -> None:
 
 def _wrong_fold_axis(gm: GraphModule, rng: random.Random) -> Names | None:
     """The scale of the output channels went onto the input channels: on the folded weight, rows and columns are divided by other norms."""
-    node = pick(rng, _square(gm))
+    node = pick(rng, square(gm))
     if node is None:
         return None
     op = copy.deepcopy(module_of(gm, node))
@@ -82,16 +88,6 @@ def _wrong_fold_axis(gm: GraphModule, rng: random.Random) -> Names | None:
     op.weight = nn.Parameter(op.weight.detach() / scale * scale.transpose(0, 1))
     swap_module(gm, node, op)
     return {node.name}
-
-
-def _square(gm: GraphModule) -> list[Node]:
-    found = []
-    for n, _ in walk(gm, "conv", "linear"):
-        w = module_of(gm, n)
-        w = w.op.weight if isinstance(w, Quantized) else w.weight
-        if w.shape[0] == w.shape[1] and w.shape[0] > 1:
-            found.append(n)
-    return found
 
 
 # canonicalize, legalize -------------------------------------------------------------------------------------------------------------------------
@@ -124,120 +120,34 @@ def _rolled_inputs(gm: GraphModule, rng: random.Random) -> Names | None:
     return {node.name}
 
 
-# annotate, share-qparams, calibrate -------------------------------------------------------------------------------------------------------------
+def _edited(change: Callable[[Any], None], fits: Callable[[Any], bool]) -> Mutation:
+    """A layer got another setting or parameter on its way."""
 
-
-def _replace_grid(gm: GraphModule, name: str, **fields: Any) -> None:
-    grids(gm)[name] = replace(grids(gm)[name], **fields)
-
-
-def _members(gm: GraphModule, name: str) -> Names:
-    return {n.name for n in gm.graph.nodes if n.meta.get("grid") == name}
-
-
-def _clip_too_low(gm: GraphModule, rng: random.Random) -> Names | None:
-    node = pick(rng, [n for n in gm.graph.nodes if n.meta.get("absorbed")])
-    if node is None:
-        return None
-    lo, hi = grids(gm)[node.meta["grid"]].clamp or (0.0, None)
-    _replace_grid(gm, node.meta["grid"], clamp=(lo, 1.0 if hi is None else hi - 1.0))
-    return {node.name}
-
-
-def _axis_in_the_plan(gm: GraphModule, rng: random.Random) -> Names | None:
-    node = pick(rng, [n for n in _square(gm) if n.meta.get("integer")])
-    if node is None:
-        return None
-    node.meta["weight_spec"] = "s8n/pc1"
-    return {node.name}
-
-
-def _codes_lost(gm: GraphModule, rng: random.Random) -> Names | None:
-    name = pick(rng, [n for n, g in grids(gm).items() if g.fixed is None])
-    _replace_grid(gm, name, spec=replace(grids(gm)[name].spec, bits=4))
-    return _members(gm, name)
-
-
-def _shared_wrongly(gm: GraphModule, rng: random.Random) -> Names | None:
-    table = grids(gm)
-    free = [n for n, g in table.items() if g.fixed is None and g.clamp is None]
-    if len(free) < 2:
-        return None
-    a, b = rng.sample(free, 2)
-    names = _members(gm, a) | _members(gm, b)
-    for node in gm.graph.nodes:
-        if node.meta.get("grid") == b:
-            node.meta["grid"] = a
-    del table[b]
-    return names
-
-
-def _params(gm: GraphModule) -> list[str]:
-    return [n for n, g in grids(gm).items() if g.qparams is not None and g.fixed is None and _members(gm, n)]
-
-
-def _scaled(gm: GraphModule, name: str, factor: float) -> None:
-    qp = grids(gm)[name].qparams
-    assert qp is not None
-    _replace_grid(gm, name, qparams=QParams(qp.spec, qp.scale * factor, qp.zero_point))
-
-
-def _swapped_scales(gm: GraphModule, rng: random.Random) -> Names | None:
-    names = _params(gm)
-    scale = {n: float(grids(gm)[n].qparams.scale) for n in names}
-    pairs = [(a, b) for a in names for b in names if scale[a] > 4 * scale[b] and (grids(gm)[a].clamp is None) == (grids(gm)[b].clamp is None)]
-    pair = pick(rng, pairs)
-    if pair is None:
-        return None
-    a, b = pair
-    qa, qb = grids(gm)[a].qparams, grids(gm)[b].qparams
-    _replace_grid(gm, a, qparams=QParams(qa.spec, qb.scale, qa.zero_point))
-    _replace_grid(gm, b, qparams=QParams(qb.spec, qa.scale, qb.zero_point))
-    return _members(gm, a) | _members(gm, b)
-
-
-def _ranges(factor: float, clamped: bool | None = None) -> Mutation:
     def mutate(gm: GraphModule, rng: random.Random) -> Names | None:
-        names = [n for n in _params(gm) if clamped is None or (grids(gm)[n].clamp is not None) == clamped]
-        name = pick(rng, [n for n in names if factor < 1 or grids(gm)[n].clamp is None or grids(gm)[n].clamp[1] is None])
-        if name is None:
+        node = pick(rng, [n for n, _ in walk(gm, "conv", "linear") if fits(module_of(gm, n))])
+        if node is None:
             return None
-        _scaled(gm, name, factor)
-        return _members(gm, name)
+        op = copy.deepcopy(module_of(gm, node))
+        change(op)
+        swap_module(gm, node, op)
+        return {node.name}
 
     return mutate
 
 
-def _zero_sign(gm: GraphModule, rng: random.Random) -> Names | None:
-    def mirrored(n: str) -> int:
-        qp = grids(gm)[n].qparams
-        return qp.spec.qmin + qp.spec.qmax - int(qp.zero_point)
-
-    names = [n for n in _params(gm) if grids(gm)[n].clamp is None and abs(mirrored(n) - int(grids(gm)[n].qparams.zero_point)) > 60]
-    name = pick(rng, names)
-    if name is None:
-        return None
-    qp = grids(gm)[name].qparams
-    _replace_grid(gm, name, qparams=QParams(qp.spec, qp.scale, torch.full_like(qp.zero_point, mirrored(name))))
-    return _members(gm, name)
+def _wraps(op: Any) -> None:
+    op.padding_mode, op._reversed_padding_repeated_twice = "circular", [p for p in reversed(op.padding) for _ in range(2)]
 
 
-def _clamp_passed(gm: GraphModule, rng: random.Random) -> Names | None:
-    """The grid ends one step and more above the clamp that it absorbed."""
-    name = pick(rng, [n for n in _params(gm) if grids(gm)[n].clamp is not None and grids(gm)[n].clamp[1] is not None])
-    if name is None:
-        return None
-    qp, hi = grids(gm)[name].qparams, grids(gm)[name].clamp[1]
-    steps = qp.spec.qmax - qp.spec.qmin
-    _replace_grid(gm, name, qparams=QParams(qp.spec, torch.tensor(hi / (steps - 1), dtype=torch.float32), qp.zero_point))
-    return _members(gm, name)
+def _no_bias(op: Any) -> None:
+    op.bias = nn.Parameter(torch.zeros_like(op.bias))
 
 
 # convert ----------------------------------------------------------------------------------------------------------------------------------------
 
 
 def _transposed(gm: GraphModule, rng: random.Random) -> Names | None:
-    node = pick(rng, [n for n in _square(gm) if isinstance(module_of(gm, n), Quantized)])
+    node = pick(rng, [n for n in square(gm) if isinstance(module_of(gm, n), Quantized)])
     if node is None:
         return None
     q = copy.deepcopy(module_of(gm, node))
@@ -303,6 +213,46 @@ def _dropped_quantizer(gm: GraphModule, rng: random.Random) -> Names | None:
     return {node.name}
 
 
+def _weight_zero(q: Any) -> None:
+    q.weight_grid.zero_point = q.weight_grid.zero_point + 3
+
+
+def _other_step(fq: Any) -> None:
+    fq.step = fq.scale * 1.3
+
+
+def _exchanged(gm: GraphModule, rng: random.Random) -> Names | None:
+    """Two layers of one shape got each other's place."""
+    layers = [(n, module_of(gm, n)) for n in _layers(gm)]
+    alike = [(a, p, b, q) for a, p in layers for b, q in layers if a is not b and p.op.weight.shape == q.op.weight.shape]
+    found = pick(rng, alike)
+    if found is None:
+        return None
+    swap_module(gm, found[0], found[3])
+    swap_module(gm, found[2], found[1])
+    return {found[0].name, found[2].name}
+
+
+def _misplaced(gm: GraphModule, rng: random.Random) -> Names | None:
+    """A quantizer stands before the operation whose value it is for."""
+
+    def fits(node: Node) -> bool:
+        source = node.all_input_nodes[0]
+        before = source.all_input_nodes
+        return len(before) == 1 and before[0].meta.get("shape") == source.meta.get("shape") and node.meta.get("grid") != before[0].meta.get("grid")
+
+    node = pick(rng, [n for n, _ in walk(gm, "fake_quantize") if fits(n)])
+    if node is None:
+        return None
+    source = node.all_input_nodes[0]
+    before = source.all_input_nodes[0]
+    node.replace_all_uses_with(source)
+    node.replace_input_with(source, before)
+    source.prepend(node)
+    source.replace_input_with(before, node)
+    return {node.name, source.name}
+
+
 FAULTS = (
     Fault("canonicalize", "concat order", _concat_order),
     Fault("canonicalize", "dropped skip connection", _dropped_skip),
@@ -311,15 +261,15 @@ FAULTS = (
     Fault("fold-bn", "forgotten gamma", _with_bn(_no_gamma), before=True),
     Fault("fold-bn", "wrong channel axis", _wrong_fold_axis),
     Fault("legalize", "channels permuted wrongly", _rolled_inputs),
-    Fault("annotate", "clip too low", _clip_too_low),
-    Fault("annotate", "wrong channel axis", _axis_in_the_plan),
-    Fault("annotate", "lost codes", _codes_lost),
-    Fault("share-qparams", "unrelated grids joined", _shared_wrongly),
-    Fault("calibrate", "swapped scales", _swapped_scales),
-    Fault("calibrate", "stale observer", _ranges(0.2)),
-    Fault("calibrate", "range far too wide", _ranges(12.0, clamped=False)),
-    Fault("calibrate", "zero point of the wrong sign", _zero_sign),
-    Fault("calibrate", "grid ends beyond the clamp", _clamp_passed),
+    Fault("annotate", "clip too low", clip_too_low),
+    Fault("annotate", "wrong channel axis", axis_in_the_plan),
+    Fault("annotate", "lost codes", codes_lost),
+    Fault("share-qparams", "unrelated grids joined", shared_wrongly),
+    Fault("calibrate", "swapped scales", swapped_scales),
+    Fault("calibrate", "stale observer", ranges(0.2)),
+    Fault("calibrate", "range far too wide", ranges(12.0, clamped=False)),
+    Fault("calibrate", "zero point of the wrong sign", zero_sign),
+    Fault("calibrate", "grid ends beyond the clamp", clamp_passed),
     Fault("convert", "transposed weight", _transposed),
     Fault("convert", "saturated bias", _saturated_bias),
     Fault("convert", "swapped channel scales", _weight_scales),
@@ -327,6 +277,12 @@ FAULTS = (
     Fault("convert", "zero point off", _quantizer(_zero_off)),
     Fault("convert", "scale off", _quantizer(_scale_off)),
     Fault("convert", "dropped skip quantizer", _dropped_quantizer),
+    Fault("canonicalize", "wrong padding", _edited(_wraps, lambda op: getattr(op, "padding", 0) not in (0, (0, 0)) and op.padding_mode == "zeros")),
+    Fault("fold-bn", "dropped bias", _edited(_no_bias, lambda op: op.bias is not None and bool(op.bias.any()))),
+    Fault("convert", "zero point of the weight", _edited(_weight_zero, lambda q: isinstance(q, Quantized))),
+    Fault("convert", "another step", _quantizer(_other_step)),
+    Fault("convert", "layers exchanged", _exchanged),
+    Fault("convert", "quantizer behind the wrong node", _misplaced),
 )
 
 

@@ -68,8 +68,9 @@ class Metric:
         else:
             axes = [1 if t[0].ndim == 4 else -1 for t in self.truth]
             want = [t[0].argmax(axis) for t, axis in zip(self.truth, axes, strict=True)]
-        right = sum(int((o[0].argmax(axis) == y.to(o[0].device)).sum()) for o, y, axis in zip(outs, want, axes, strict=True))
-        return right / max(1, sum(y.numel() for y in want))
+        right: int = sum(int((o[0].argmax(axis) == y.to(o[0].device)).sum()) for o, y, axis in zip(outs, want, axes, strict=True))
+        total: int = sum(y.numel() for y in want)
+        return right / max(1, total)
 
     def _number(self, value: Any) -> float:
         try:

@@ -71,6 +71,8 @@ REASONS = {
     "zero point of the wrong sign": "zero point", "grid ends beyond the clamp": "wrong clamp", "transposed weight": "transposed axis",
     "saturated bias": "saturation", "swapped channel scales": "swapped scales", "clip off: half the codes": "wrong codes",
     "zero point off": "wrong zero point", "scale off": "wrong scale", "dropped skip quantizer": "dropped quantizer",
+    "wrong padding": "wrong form", "dropped bias": "wrong fold", "zero point of the weight": "wrong zero point", "another step": "wrong scale",
+    "layers exchanged": "wrong weight", "quantizer behind the wrong node": "misplaced quantizer",
 }  # fmt: skip
 
 

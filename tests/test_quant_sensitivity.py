@@ -187,3 +187,30 @@ def test_switches_leave_the_model_alone() -> None:
     Toggles(m.graph_module, m.history.floats()).set(OFF)
     m.sensitivity(data())
     assert torch.equal(output(m), before) and any(isinstance(x, FakeQuantize) for x in m.graph_module.modules())
+
+
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.left, self.right, self.out = nn.Linear(8, 16), nn.Linear(4, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.out(self.left(x).relu() + self.right(y))  # type: ignore[no-any-return]
+
+
+def test_several_inputs() -> None:
+    pairs = [(torch.randn(8, 8), torch.randn(8, 4)) for _ in range(2)]
+    m = fxq.compile(TwoInputs().eval(), "iao_w8a8", calibration=pairs, progress=False)
+    found = m.sensitivity(pairs)
+    t = Toggles(m.graph_module, m.history.floats())
+    t.set(OFF)
+    truth = t.gm(*pairs[0])
+    row = next(r for r in m.sensitivity(pairs[:1]).rows if r.name == "right" and r.what == "weights")
+    t.only(t.units["right", "weights"])
+    assert row.alone == pytest.approx(sqnr(truth, t.gm(*pairs[0])), abs=1e-6) and len(found.rows) == len(t.units)
+
+
+def test_a_budget_without_a_quantized_layer() -> None:
+    with pytest.raises(SchemeError, match="no layer is quantized, so there are no bits to choose"):
+        compiled(budget=fxq.Budget(bytes=0.8), skip="*")
