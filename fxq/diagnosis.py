@@ -253,13 +253,14 @@ def _forecasts(captured: Captured, example: tuple[Any, ...], wanted: list[Target
 def _of_file(base: Diagnosis, path: str | os.PathLike[str], asked: Sequence[str | Target]) -> Diagnosis:
     """What an ONNX file is, and what its targets' lints say."""
     from fxq.lint import TARGETS, lint, load
+    from fxq.lint_trt_graph import inlined
 
     proto = load(path)
     names = list(TARGETS) if ALL in asked else [t if isinstance(t, str) and t in TARGETS else targets.get(t).lint_name for t in asked]
     missing = [n for n in names if n not in TARGETS]
     if missing:
         raise TargetError(f"there are no lint rules for {', '.join(missing)}", where=os.fspath(path), way_out="Choose of " + ", ".join(TARGETS))
-    return replace(base, file=tuple(_described(proto)), lints=tuple((n, lint(path, n)) for n in dict.fromkeys(names)))
+    return replace(base, file=tuple(_described(inlined(proto))), lints=tuple((n, lint(path, n)) for n in dict.fromkeys(names)))
 
 
 def _described(proto: Any) -> list[str]:

@@ -1,6 +1,5 @@
 """The linter's prediction against what ONNX Runtime writes with ``optimized_model_filepath``."""
 
-import importlib.util
 import json
 import warnings
 from pathlib import Path
@@ -16,10 +15,7 @@ from torch import nn
 import fxq
 from fxq.errors import ArtifactError, TargetError
 from fxq.lint import LintReport, OpReport, agrees, lint, runtime_report
-
-_spec: Any = importlib.util.spec_from_file_location("lint_zoo", Path(__file__).parent / "lint_zoo.py")
-zoo: Any = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(zoo)
+from tests import lint_zoo as zoo
 
 
 @pytest.mark.parametrize("group", zoo.GROUPS)

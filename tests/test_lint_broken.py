@@ -10,6 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+import fxq
 from fxq.command import main
 from fxq.errors import ArtifactError
 from fxq.lint import agrees, lint, runtime_report
@@ -146,12 +147,14 @@ def called() -> onnx.ModelProto:
     return helper.make_model(whole, functions=[function], opset_imports=imports, ir_version=model.ir_version)
 
 
-def test_functions_are_looked_into() -> None:
+def test_functions_are_looked_into(tmp_path: Path) -> None:
     model = called()
     found = lint(model)
     assert found.counts() == {"Conv": (1, 0)} and agrees(found, runtime_report(model)) == []
     found = lint(model, "openvino")
     assert found.counts() == {"Conv": (1, 0)} and agrees(found, report(model)) == []
+    onnx.save(model, tmp_path / "called.onnx")
+    assert "quantized 2 QuantizeLinear, 4 DequantizeLinear" in str(fxq.doctor(tmp_path / "called.onnx"))
 
 
 def test_what_an_if_holds_is_said_to_be_unknown() -> None:

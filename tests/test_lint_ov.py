@@ -1,6 +1,5 @@
 """The linter's prediction against the model that OpenVINO's CPU plugin executes."""
 
-import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,10 +16,7 @@ import fxq
 from fxq.errors import ArtifactError
 from fxq.lint import LintReport, agrees, lint
 from fxq.lint_ov_runtime import report
-
-_spec: Any = importlib.util.spec_from_file_location("lint_zoo", Path(__file__).parent / "lint_zoo.py")
-zoo: Any = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(zoo)
+from tests import lint_zoo as zoo
 
 APART = {  # what OpenVINO's report does not show: a Relu or constant that vanishes with the DQ that it reads, a removed Where, Q and DQ in one layer
     "pointwise Relu {'out': 'u8z', 'after': 'Relu'}", "chains batch_norm", "chains where", "readers Squeeze qq", "chains moved_weight",
