@@ -194,10 +194,15 @@ def _fake_quantize(calibrated: dict[str, Grid], floats: dict[str, Node], node: N
     elif not _same(have, want):
         fact = f"its scale is {float(have.scale.flatten()[0]):.6g}, calibrated was {float(want.scale.flatten()[0]):.6g}"
         yield Finding("convert", node.name, path_of(node), "wrong scale", fact, True, (node.name,))
-    elif not _same_step(module.step, grid.step):
+    elif not _same_step(module.step, grid.step) and not (module.step is None and _handed_on(floats.get(source.name), name)):
         have_step, want_step = ("none" if s is None else f"{float(s.flatten()[0]):.6g}" for s in (module.step, grid.step))
         fact = f"the scale that it divides by is {have_step}, calibrated was {want_step}"
         yield Finding("convert", node.name, path_of(node), "wrong scale", fact, True, (node.name,))
+
+
+def _handed_on(node: Node | None, grid: Any) -> bool:
+    """Does the operation hand codes on, so that what it gives was divided before?"""
+    return node is not None and any(a.meta.get("grid") == grid for a in data_inputs(node))
 
 
 def _same_step(a: Tensor | None, b: Tensor | None) -> bool:

@@ -135,10 +135,10 @@ def _trained(history: History, gm: GraphModule) -> bool:
 
 
 def _unlike(a: State, b: State) -> str | None:
-    """Path of the first part with other tensors in ``b`` (a copy of the model has tensors of its own)."""
+    """Path of the first part with other tensors in ``b`` (a copy of the model has its own); a part of another type was grafted by ``with_float``."""
     for path, part in a.parts.items():
         other = b.parts.get(path)
-        if part is not other and not _same_tensors(part_tensors(part), part_tensors(other)):
+        if part is not other and type(part) is type(other) and not _same_tensors(part_tensors(part), part_tensors(other)):
             return path
     return None
 

@@ -123,7 +123,7 @@ def test_a_clean_model_is_clean(scheme: str) -> None:
 
 WAYS: tuple[dict[str, Any], ...] = (
     {"target": "tensorrt", "scheme": "int8"}, {"portable": True}, {"prune": fxq.Prune(ratio=0.3, multiple_of=1)}, {"skip": "mix"}, {"observer": "mse"},
-    {"scheme": "dorefa_w4a4"}, {"budget": fxq.Budget(bytes=0.7)},
+    {"scheme": "dorefa_w4a4"}, {"scheme": "dorefa_w4a4_compat"}, {"scheme": "tbn_w1at"}, {"budget": fxq.Budget(bytes=0.7)},
 )  # fmt: skip
 
 

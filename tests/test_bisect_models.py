@@ -86,6 +86,13 @@ def test_a_changed_model_is_not_held_against_its_passes(how: str) -> None:
     assert 10 < m.sensitivity(data()).compiled < 60, "what is there can still be measured"
 
 
+def test_a_model_with_nodes_taken_back_to_float_is_still_bisected() -> None:
+    m = compiled()
+    part = m.with_float("conv1")
+    verdict = part.bisect("sqnr", data())
+    assert verdict.ok and verdict.scores["compiled"] != m.bisect("sqnr", data()).scores["compiled"]
+
+
 def test_ranges_are_judged_where_weights_were_made_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     faults = importlib.import_module("faults")
