@@ -80,8 +80,10 @@ def _exported(path: Path) -> Any:
 def _torchvision(name: str) -> nn.Module:
     import inspect
 
-    import torchvision
-
+    try:
+        import torchvision
+    except ImportError as e:
+        raise InputError("torchvision is not installed", way_out="pip install torchvision") from e
     if name not in torchvision.models.list_models():
         raise InputError(f"torchvision has no model {name!r}", way_out=nearest(name, torchvision.models.list_models()))
     builder = torchvision.models.get_model_builder(name)

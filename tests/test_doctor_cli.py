@@ -1,6 +1,7 @@
 """``fxq doctor`` from the command line: sources, default inputs, exit codes, one line for a mistake."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,10 @@ def test_default_inputs_of_detectors() -> None:
     made = default_inputs("torchvision:retinanet_resnet50_fpn", detector)
     assert made is not None and [tuple(x.shape) for x in made[0]] == [(3, 320, 320)] * 2
     assert default_inputs("mine:net", detector) is None
+
+
+@pytest.mark.parametrize("package", ["torchvision", "timm"])
+def test_a_missing_package_is_one_line(package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main(["doctor", f"{package}:resnet18"]) == 2
+    assert capsys.readouterr().err == f"fxq: {package} is not installed. pip install {package}\n"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from playwright.sync_api import Browser, ViewportSize
+from playwright.sync_api import Browser, ViewportSize, expect
 from torch import Tensor, nn
 
 import fxq
@@ -100,6 +100,6 @@ def test_of_a_long_net_only_what_is_near_the_view_is_drawn(browser: Browser, tmp
     page.keyboard.press("ArrowDown")
     assert found.text("#panel h2") == "_391"
     page.click("text=Fit")
-    page.wait_for_function("document.querySelectorAll('#graph .node').length === 403")
+    expect(page.locator("#graph .node")).to_have_count(403)
     assert page.locator("#graph .edge").count() == 402 and found.trouble == []
     page.context.close()
