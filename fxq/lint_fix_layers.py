@@ -54,8 +54,8 @@ def batch_norms(edit: Editor, graph: Graph) -> None:
         x = graph.maker[node.input(0)]
         found, rank = grid(graph, x), len(graph.shape(node.input(0)) or ())
         given = [graph.value(node.input(i)) for i in range(1, 5)]
-        if found is None or found[0].size != 1 or rank < 3 or any(v is None for v in given):
-            edit.left.append(f"BatchNormalization {node.name}: its parameters or the grid in front of it are no constants")
+        if found is None or found[0].size != 1 or found[0].dtype != np.float32 or rank < 3 or any(v is None for v in given):
+            edit.left.append(f"BatchNormalization {node.name}: its parameters or the grid in front of it are no constants in float32")
             continue
         gamma, beta, mean, var = (numbers(v) for v in given)
         factor = gamma / np.sqrt(var + float(node.attrs.get("epsilon", 1e-5)))
@@ -87,6 +87,8 @@ def biases(edit: Editor, graph: Graph) -> None:
         value = graph.value(node.input(slot))
         grids = [grid(graph, n) if n is not None and n.is_dq else None for n in (x, w)]
         if value is None or value.ndim != 1 or value.dtype != np.float32 or grids[0] is None or grids[1] is None:
+            continue
+        if any(g is not None and g[0].dtype != np.float32 for g in grids):
             continue
         if grids[0][0].size != 1 or grids[1][0].size not in (1, value.size) or float(node.attrs.get("alpha", 1.0)) != 1.0:
             continue

@@ -129,6 +129,14 @@ def test_float16_concat_is_said_to_be_refused() -> None:
         runtime_report(model)
 
 
+def test_repairs_of_float16_files_load() -> None:
+    cases = [("chains", "batch_norm"), ("matmuls", "(2, 3, 8) {'add': 'codes', 'middle': False, 'q': False}"), ("readers", "Squeeze qtd")]
+    for group, name in cases:
+        model = half(dict(GROUPS[group]())[name]())
+        fixed, _ = fix(model)
+        assert runtime_report(model) and runtime_report(fixed), name
+
+
 def test_float16_files_run_as_predicted_in_openvino() -> None:
     for name, model in halves(3, 12):
         if name not in ("convs u8 weight",):
