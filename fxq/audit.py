@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_map
 
 from fxq.lineage import counterparts
-from fxq.moves import sqnr
+from fxq.moves import channel_order, sqnr
 from fxq.states import State
 from fxq.values import watch
 
@@ -64,7 +64,8 @@ def exact_findings(before: State, after: GraphModule, step: str, batch: tuple[An
     """Nodes of ``after`` that give something else than their counterparts, given the same inputs.
 
     Both graphs run in float64. Every node of ``after`` with a counterpart gets its inputs from the graph before; one that then gives
-    another value is let run on, and is a fault unless all that reads it comes to the old values again (channels that were permuted on the way).
+    another value is let run on, and is a fault unless its channels only stand in another order, or it has another form, and all that reads it comes to the
+    old values again.
 
     Args:
         before: the state before the pass; after: the graph behind it (for ``convert``: with all rounding off).
@@ -81,7 +82,7 @@ def exact_findings(before: State, after: GraphModule, step: str, batch: tuple[An
     for _ in range(ROUNDS):
         errors, strays, output = runs.run(frozenset(excused), least)
         small = {n for n, db in errors.items() if db < least} - strays
-        lost = _reach_output(runs.after, strays, set(errors))
+        lost = _reach_output(runs.after, strays, set(errors)) | runs.torn
         first = [n for n in runs.after.graph.nodes if n.name in small or n.name in lost and not runs.behind[n.name] & lost]
         if not first:
             break
@@ -111,6 +112,7 @@ class _Pair:
 
         watch(_cast(before.build(), dtype), self.batch, keep)
         self.after, self.text = _cast(after, dtype), str(dtype).removeprefix("torch.")
+        self.torn: set[str] = set()
         self.behind = {n.name: _behind(n, self.link) for n in self.after.graph.nodes}
 
     def run(self, excused: frozenset[str], least: float) -> tuple[dict[str, float], set[str], float]:
@@ -124,6 +126,7 @@ class _Pair:
         """
         errors: dict[str, float] = {}
         strays: set[str] = set()
+        self.torn.clear()
         last = math.inf
 
         def look(node: Node, value: Any) -> Any:
@@ -140,11 +143,20 @@ class _Pair:
             errors[node.name] = db = _worst(old, value)
             if db >= least or db >= EXACT_FLOAT32_DB and not self.behind[node.name] & strays:
                 return old
+            if not self.behind[node.name] & strays and _torn(old, value):
+                self.torn.add(node.name)
             strays.add(node.name)
             return None
 
         watch(self.after, self.batch, look)
         return errors, strays, last
+
+
+def _torn(old: Any, value: Any) -> bool:
+    """Is it an image of one shape whose channels are not the old ones in another order? Nothing behind it makes that good, but a layer that is dead."""
+    if not (isinstance(old, Tensor) and isinstance(value, Tensor)) or old.ndim != 4 or old.shape != value.shape:
+        return False
+    return channel_order(old, value) is None
 
 
 def _cast(gm: GraphModule, dtype: torch.dtype) -> GraphModule:

@@ -80,7 +80,7 @@ def measure(before: Tensor, now: Tensor, scale: Tensor | None, first: Tensor | N
         scale: step of its grid (broadcast over the value), or None.
         first: the value in the captured float graph, or None where it has none.
     """
-    order = _order(before, now) if sqnr(before, now) < FAR_DB else None
+    order = channel_order(before, now) if sqnr(before, now) < FAR_DB else None
     if order is not None:
         before, first = before[:, order], None
     total = None if first is None else sqnr(first, now)
@@ -95,7 +95,7 @@ FAR_DB, SAME_DB = 20.0, 60.0
 """A value that moved so far may have its channels in another order; it has when they are so near after putting them back."""
 
 
-def _order(a: Tensor, b: Tensor) -> Tensor | None:
+def channel_order(a: Tensor, b: Tensor) -> Tensor | None:
     """The order of channels (dimension 1) that makes ``b`` of ``a``; ``None`` when there is none."""
     if a.ndim < 2 or a.shape != b.shape or a.shape[1] < 2:
         return None

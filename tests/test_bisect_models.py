@@ -243,3 +243,15 @@ def test_few_values_are_no_evidence() -> None:
     x = data()[0] * 0.1
     few, many = (range_findings(t, look(t, [(v,)], {})) for v in (x[:1, :, :3, :3], x))
     assert "x" in [f.path for f in many] and "x" not in [f.path for f in few]
+
+
+def test_a_fault_in_front_of_a_dead_layer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    faults = importlib.import_module("faults")
+    net = Net()
+    with torch.no_grad():
+        net.fc.weight.mul_(1e-30)
+    with faults.planted(next(f for f in faults.FAULTS if f.name == "wrong padding"), 0) as truth:
+        m = compiled(net=net)
+    found = [c.finding for c in m.bisect("sqnr", data()).causes]
+    assert [(f.step, f.reason) for f in found] == [("canonicalize", "wrong form")] and found[0].node in truth[0]
