@@ -13,7 +13,7 @@ from onnx import helper, numpy_helper
 from fxq.backends.onnxruntime import run, session
 from fxq.lint import lint, runtime_report
 from fxq.lint_fix import fix
-from tests.lint_zoo import Graph
+from tests.lint_zoo import GROUPS, Graph
 
 Make = Callable[[], onnx.ModelProto]
 
@@ -191,3 +191,22 @@ def test_old_files_squeeze_by_attribute() -> None:
     fixed, lines = fix(g.model(g.qdq(y, "u8", 0.05)))
     squeeze = next(n for n in fixed.graph.node if n.op_type == "Squeeze")
     assert len(squeeze.input) == 1 and helper.get_attribute_value(squeeze.attribute[0]) == [2, 3] and len(lines) == 1
+
+
+def test_repairs_are_done_once_keep_what_else_is_in_the_file_and_never_cost_an_integer_node() -> None:
+    repaired = 0
+    for build in [build for cases in GROUPS.values() for _, build in cases()][::9]:
+        model = build()
+        model.doc_string, model.graph.doc_string = "of a tool", "a graph"
+        model.metadata_props.add(key="author", value="tool")
+        once, notes = fix(model)
+        if once is model:
+            continue
+        repaired += 1
+        again, left = fix(once)
+        assert again is once and all(line.startswith("not repaired") for line in left), notes
+        assert (once.doc_string, once.graph.doc_string, once.metadata_props[0].value) == ("of a tool", "a graph", "tool")
+        assert once.graph.input == model.graph.input and once.graph.output == model.graph.output
+        assert sum(o.runs == "float" for o in lint(once).ops) <= sum(o.runs == "float" for o in lint(model).ops)
+        onnx.shape_inference.infer_shapes(once, strict_mode=True)
+    assert repaired > 10
