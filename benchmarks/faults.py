@@ -224,7 +224,7 @@ def _other_step(fq: Any) -> None:
 def _exchanged(gm: GraphModule, rng: random.Random) -> Names | None:
     """Two layers of one shape got each other's place."""
     layers = [(n, module_of(gm, n)) for n in _layers(gm)]
-    alike = [(a, p, b, q) for a, p in layers for b, q in layers if a is not b and p.op.weight.shape == q.op.weight.shape]
+    alike = [(a, p, b, q) for a, p in layers for b, q in layers if a is not b and p.op.weight.shape == q.op.weight.shape and str(p.op) == str(q.op)]
     found = pick(rng, alike)
     if found is None:
         return None

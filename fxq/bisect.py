@@ -10,21 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from fxq import audit_grids, audit_ranges
 from fxq.audit import ON_PURPOSE, Finding, exact_findings
 from fxq.audit_bias import bias_findings
+from fxq.audit_runs import broken, not_deterministic
 from fxq.errors import FxqError, InputError
 from fxq.lineage import counterparts
 from fxq.metrics import Metric, Score, with_labels
-from fxq.moves import sqnr
 from fxq.schemes import Scheme
-from fxq.snapshot import History, Snapshot, flat
+from fxq.snapshot import History, Snapshot
 from fxq.states import State, part_tensors
 from fxq.targets import Target
 from fxq.toggles import IDEAL, OFF, ON, Toggles
-from fxq.values import watch
 from fxq.verdicts import Cause, Verdict
 
 MARGIN = {"sqnr": 1.5, "agreement": 0.02, "accuracy": 0.01}
@@ -106,13 +105,13 @@ def bisect(
     trained = _trained(history, gm)
     batches, labels = with_labels(data, gm, limit, "data to bisect with")
     floating = _switched_off(gm) if trained else first.state.build()
-    stray = _not_deterministic(floating, gm, batches[0])
+    stray = broken(history.snapshots, gm, batches[0]) or not_deterministic(floating, gm, batches[0])
     measure = Metric(metric, batches, labels, data, floating)
-    case = _Case(history, gm, scheme, target, measure, batches, Toggles(gm, history.floats()), 4, trained)
+    case = _Case(history, gm, scheme, target, measure, batches, Toggles(gm, history.floats()), 5, trained)
     if stray is not None:
         causes = (Cause(stray, None),)
         spent = {"evaluations": measure.runs, "runs": case.runs, "seconds": time.perf_counter() - start}
-        return Verdict(False, "not deterministic", measure, {"float": measure.floor}, causes, **spent)  # type: ignore[arg-type]
+        return Verdict(False, stray.reason, measure, {"float": measure.floor}, causes, **spent)  # type: ignore[arg-type]
     verdict = _judge(case, tolerance)
     return replace(verdict, seconds=time.perf_counter() - start)
 
@@ -364,27 +363,6 @@ def _limits(case: _Case, ranges: audit_ranges.Ranges, allowed: float) -> tuple[F
     shared = {f.node: f for f in audit_ranges.shared_findings(t, ranges)}
     made = [Finding(last, name, t.paths[name], f"{what} too coarse", f"{db:.1f} dB by itself", False, (name,), -db) for db, name, what in rank[:k]]
     return tuple(replace(shared[f.node], fact=f"{f.fact}; {shared[f.node].fact}") if f.node in shared else f for f in made)
-
-
-def _not_deterministic(floating: GraphModule, gm: GraphModule, batch: tuple[Any, ...]) -> Finding | None:
-    """The first node that gives two values for one input, in the float or the compiled graph."""
-    for what, model in (("float model", floating), ("compiled model", gm)):
-        with torch.inference_mode():
-            a, b = flat(model(*batch)), flat(model(*batch))
-        if all(sqnr(x, y) == math.inf for x, y in zip(a, b, strict=True)):
-            continue
-        seen: dict[str, Any] = {}
-        watch(model, batch, lambda n, v, seen=seen: seen.update({n.name: v}))  # type: ignore[misc]
-        strays: list[Node] = []
-        watch(model, batch, lambda n, v, seen=seen, strays=strays: strays.append(n) if _differ(seen[n.name], v) else None)  # type: ignore[misc]
-        node = strays[0] if strays else next(n for n in model.graph.nodes if n.op == "output")
-        path = str(node.target) if node.op == "call_module" else node.name
-        return Finding("trace" if what == "float model" else "convert", node.name, path, "not deterministic", f"two runs of the {what} on one input differ")
-    return None
-
-
-def _differ(a: Any, b: Any) -> bool:
-    return any(sqnr(x, y) != math.inf for x, y in zip(flat(a), flat(b), strict=True))
 
 
 def _samples(batch: tuple[Any, ...]) -> int:

@@ -1,5 +1,6 @@
 """``m.bisect`` names pass, node and reason of planted faults, is silent on clean models, and takes nodes back to float."""
 
+import copy
 import importlib
 import json
 import math
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 import fxq
 from fxq.audit import Finding
 from fxq.errors import FxqError, InputError, PassError
-from fxq.graph import grids, kind, module_of
+from fxq.graph import grids, kind, module_of, swap_module
 from fxq.moves import sqnr
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -237,3 +238,19 @@ def test_with_float_refuses_names_that_are_none() -> None:
 def test_a_finding_reads_as_one_line() -> None:
     f = Finding("fold-bn", "conv1", "conv1", "wrong fold", "12.0 dB")
     assert str(f) == "fold-bn / conv1: wrong fold: 12.0 dB" and f.weight == math.inf
+
+
+def test_a_graph_that_does_not_run_is_named_by_pass_and_node(faults: Any) -> None:
+    def strided(gm: Any, rng: Any) -> set[str]:
+        node = next(n for n in gm.graph.nodes if n.target == "left")
+        op = copy.deepcopy(module_of(gm, node))
+        op.stride = (2, 2)
+        swap_module(gm, node, op)
+        return {node.name}
+
+    with faults.planted(faults.Fault("share-qparams", "wrong stride", strided), 0):
+        m = compiled(scheme="weight_only_w8")
+    verdict = m.bisect(data=data())
+    cause = verdict.causes[0].finding
+    assert not verdict.ok and verdict.word == "does not run" and cause.step == "share-qparams" and "cat" in cause.node
+    assert "Sizes of tensors must match" in str(verdict)

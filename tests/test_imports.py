@@ -30,7 +30,7 @@ STREET: tuple[tuple[str, ...], ...] = (
     ("placement_inputs", "training_lowbit", "importance", "budget", "masking"),
     ("pruning", "toggles", "grafts", "metrics"),
     ("audit", "quant_sensitivity"),
-    ("audit_bias", "audit_grids", "audit_ranges", "verdicts", "mixed"),
+    ("audit_bias", "audit_grids", "audit_ranges", "audit_runs", "verdicts", "mixed"),
     ("bisect",),
     ("debugging",),
     ("passes", "backends"),
