@@ -65,13 +65,13 @@ def drop_identities(net: Net) -> bool:
 
 
 def merge_twins(net: Net) -> bool:
-    """Nodes of the same kind with equal inputs become one."""
+    """Nodes of the same kind with equal inputs become one; DQs do not, each reader keeps its own."""
     seen: dict[object, Op] = {}
     changed = False
     for op in net:
         attrs = tuple(sorted((k, str(v)) for k, v in op.attrs.items()))
         twin = seen.setdefault((op.op, op.domain, attrs, len(op.outputs), tuple(net.key(i) for i in op.inputs)), op)
-        if twin is op or net.is_output(op) or op.op.startswith("Random"):
+        if twin is op or net.is_output(op) or op.op.startswith("Random") or op.is_dq:
             continue
         net.remove(op)
         twin.origins += op.origins

@@ -202,3 +202,15 @@ def test_a_dq_that_others_read_too_still_passes_what_moves_codes(mover: str, oth
     actual = runtime_report(model)
     assert agrees(lint(model), actual) == []
     assert mover != "Reshape" or [o.runs for o in actual.ops if o.op == "Reshape"] == ["int8"]
+
+
+@pytest.mark.parametrize("one_constant", [False, True])
+@pytest.mark.parametrize("codes", [False, True])
+def test_two_equal_reshapes_of_one_value(one_constant: bool, codes: bool) -> None:
+    """Two linear layers on one 3-d value: their shapes are constants of their own, which the runtime does not take for one."""
+    g = zoo.Graph(21)
+    value = g.qdq(g.op("Conv", g.qdq(g.input("N", 4, 6, 6)), g.weight(4, 4, 1, 1), g.bias(4)))
+    shapes = [g.const(zoo.ints(-1, 6))] * 2 if one_constant else [g.const(zoo.ints(-1, 6)), g.const(zoo.ints(-1, 6))]
+    moved = [g.op("Reshape", value, s) for s in shapes]
+    model = g.model(*(g.op(kind, g.qdq(m) if codes else m) for kind, m in zip(("Exp", "Tanh"), moved, strict=True)))
+    assert agrees(lint(model), runtime_report(model)) == []
