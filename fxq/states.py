@@ -41,7 +41,9 @@ class State:
         marks = tuple((n.format_node(), *(n.meta.get(key) for key in MARKS)) for n in gm.graph.nodes)
         if before is not None and marks == before.marks and _same(kept, before.parts) and _same(grids(gm), before.grids):
             return before
-        return cls(copy.deepcopy(gm.graph), kept, dict(grids(gm)), marks, {path: _stamp(part) for path, part in kept.items()})
+        old = {} if before is None else {path: before.stamps[path] for path, part in before.parts.items() if kept.get(path) is part}
+        stamps = {path: old[path] if path in old else _stamp(part) for path, part in kept.items()}
+        return cls(copy.deepcopy(gm.graph), kept, dict(grids(gm)), marks, stamps)
 
     def build(self) -> GraphModule:
         """A graph module of its own over the shared modules, in eval mode."""
