@@ -189,7 +189,7 @@ def _mixed(net: nn.Module, data: Batches, ctx: PassContext, how: _How, budget: B
     from fxq.toggles import Toggles
 
     read = list(data)
-    own = _compile(net, Batches(read, net), replace(ctx, calibration=Batches(read, net)), how)
+    own = _compile(net, Batches(read, net), replace(ctx, calibration=Batches(read, net), numbers=False), how)
     few = read[: max(1, -(-mixed.SAMPLES // max(1, len(read[0][0]) if isinstance(read[0][0], torch.Tensor) and read[0][0].ndim else 1)))]
     activation = ctx.scheme.kept_activation
     found = mixed.plan(Toggles(own.graph_module, own.history.floats()), few, budget, mixed.FLOAT if activation is None else activation.bits)

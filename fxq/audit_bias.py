@@ -20,10 +20,10 @@ WORSE, NOTABLE = 1.5, 0.05
 
 
 def bias_findings(before: GraphModule, after: GraphModule, floats: Toggles, step: str, batches: Sequence[tuple[Any, ...]]) -> list[Finding]:
-    """Layers whose mean error over channels grew by the correction.
+    """The first layer whose mean error over channels grew by the correction; those behind it see its error.
 
     Args:
-        before: the graph as ``convert`` left it. after: as compiled. floats: switches on ``before``.
+        before: the graph as ``convert`` left it. after: as the pass left it. floats: switches on ``before``.
         step: the pass. batches: positional inputs.
     """
     floats.set(OFF)
@@ -36,7 +36,7 @@ def bias_findings(before: GraphModule, after: GraphModule, floats: Toggles, step
         if now > WORSE * was and now > NOTABLE:
             fact = f"the mean error of its channels went from {was:.1%} to {now:.1%} of the output's size"
             found.append(Finding(step, name, floats.paths[name], "corrected the wrong way", fact, True, (name,)))
-    return found[:1] if found else []
+    return found[:1]
 
 
 def _means(gm: GraphModule, t: Toggles, names: list[str], batches: Sequence[tuple[Any, ...]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -61,7 +61,12 @@ class _Case:
     @property
     def remade(self) -> bool:
         """Were weights or biases made for the grids as they are (feedback, bias correction)? On other grids they are worse whatever those are."""
-        return self.history.snapshots[-1].name in CORRECTIONS
+        return self.correction is not None
+
+    @property
+    def correction(self) -> Snapshot | None:
+        """What the pass that corrected weights or biases left, if there was one."""
+        return next((s for s in self.history if s.name in CORRECTIONS), None)
 
     def rest(self) -> None:
         """Switch everything as compiled to compare grids of values; weights that were made for these grids are float meanwhile."""
@@ -200,9 +205,9 @@ def audit(case: _Case) -> list[Finding]:
         before = s
         if s.name == "convert":
             break
-    converted, final = case.graph("convert"), case.history.snapshots[-1]
-    if converted is not None and final.name in ("correct-bias", "round-weights") and final.state is not None:
-        found += bias_findings(converted, case.gm, Toggles(converted, case.history.floats()), final.name, case.probe)
+    converted, corrected = case.graph("convert"), case.correction
+    if converted is not None and corrected is not None and corrected.state is not None:
+        found += bias_findings(converted, corrected.state.build(), Toggles(converted, case.history.floats()), corrected.name, case.probe)
         case.runs += 3 * len(case.probe)
     return _distinct(case, found)
 

@@ -254,3 +254,20 @@ def test_a_graph_that_does_not_run_is_named_by_pass_and_node(faults: Any) -> Non
     cause = verdict.causes[0].finding
     assert not verdict.ok and verdict.word == "does not run" and cause.step == "share-qparams" and "cat" in cause.node
     assert "Sizes of tensors must match" in str(verdict)
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_a_correction_that_makes_it_worse_is_named_whatever_pass_follows(portable: bool, faults: Any) -> None:
+    def shifted(gm: Any, rng: Any) -> set[str]:
+        node = next(n for n in gm.graph.nodes if n.target == "left")
+        layer = copy.deepcopy(module_of(gm, node))
+        layer.op.bias = nn.Parameter(layer.op.bias.detach() + 1.0)
+        swap_module(gm, node, layer)
+        return {node.name}
+
+    clean = compiled("iao_w4a8", portable=portable).bisect(data=data(5))
+    assert clean.ok, str(clean)
+    with faults.planted(faults.Fault("round-weights", "shifted bias", shifted), 0) as truth:
+        verdict = compiled("iao_w4a8", portable=portable).bisect(data=data())
+    cause = verdict.causes[0].finding
+    assert (cause.step, cause.reason) == ("round-weights", "corrected the wrong way") and cause.node in truth[0], str(verdict)
