@@ -76,12 +76,12 @@ def pipeline_for(scheme: Scheme, observer: str | None = None, how: Prune | None 
     if scheme.trains:
         return training_pipeline(scheme, observer, True, how)
     back: tuple[Pass, ...] = (Calibrate(observer=observer), Convert())
-    if portable:
-        back = (*back, MakePortable())
     if scheme.weight_rounding == "feedback":
         back = (*back, RoundWeights())
     elif scheme.bias_correction:
         back = (*back, CorrectBias())
+    if portable:  # last: what rounds weights again would undo it
+        back = (*back, MakePortable())
     return Pipeline((*_front(scheme, how), *back))
 
 

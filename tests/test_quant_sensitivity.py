@@ -16,6 +16,7 @@ from fxq.mixed import FLOAT, LayerBits, cheapest
 from fxq.modules import FakeQuantize, Quantized
 from fxq.moves import sqnr
 from fxq.toggles import IDEAL, OFF, ON, Toggles
+from fxq.verify import portable
 
 
 class Net(nn.Module):
@@ -214,3 +215,14 @@ def test_several_inputs() -> None:
 def test_a_budget_without_a_quantized_layer() -> None:
     with pytest.raises(SchemeError, match="no layer is quantized, so there are no bits to choose"):
         compiled(budget=fxq.Budget(bytes=0.8), skip="*")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_budget_keeps_weights_portable(seed: int) -> None:
+    """Error feedback rounds the weights of all layers again; no pair may saturate behind it."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.Flatten(), nn.Linear(128, 4)).eval()
+    some = [torch.rand(16, 3, 8, 8) for _ in range(2)]
+    m = fxq.compile(net, "iao_w8a8", calibration=some, progress=False, portable=True, budget=fxq.Budget(bytes=0.9))
+    assert m.bit_plan is not None and set(m.bit_plan.bits.values()) == {4, 8}
+    assert list(portable(m.graph_module)) == [] and m.verify(m.lower(), some).ok
