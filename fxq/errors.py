@@ -60,6 +60,10 @@ class ArtifactError(FxqError):
     """An artifact cannot be read, written or executed."""
 
 
+class ArchiveError(ArtifactError):
+    """An archive is damaged, hostile, too new, or larger than what may be decoded; ``where`` is the file and the tensor concerned."""
+
+
 class EngineError(FxqError):
     """A TensorRT engine cannot be built, read or run; ``where`` is the ONNX node, the input or the file concerned."""
 

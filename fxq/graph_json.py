@@ -27,6 +27,8 @@ CLASSES = {
     "fxq.modules": ("Add", "Sub", "Mul", "Div", "MatMul", "Cat", "Reshape", "Expand", "Permute", "Slice", "IndexSelect", "Split", "Pad", "Resize",
                     "Mean", "Sum", "GlobalAvgPool", "Clamp", "Unary", "Power", "FakeQuantize", "Quantized"),
     "fxq.convolutions": ("PaddedConv1d", "PaddedConv2d", "PaddedConv3d", "ChannelAffine1d", "ChannelAffine2d", "ChannelAffine3d", "BoxMean"),
+    "fxq.shared": ("SharedConv1d", "SharedConv2d", "SharedConv3d", "SharedConvTranspose1d", "SharedConvTranspose2d", "SharedConvTranspose3d", "SharedLinear",
+                   "SharedPaddedConv1d", "SharedPaddedConv2d", "SharedPaddedConv3d"),
     "fxq.observers": ("Observer", "MovingAverage"),
     "fxq.trackers": ("MeanMagnitude", "Tracker", "LearnedStep", "Clip", "Sign", "Ternary", "TrackedFakeQuantize"),
     "fxq.estimators": ("SignEstimator", "TernaryEstimator", "DoReFaEstimator", "StepEstimator", "RangeEstimator"),

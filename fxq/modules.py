@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fxq import numerics
 from fxq.convolutions import CHANNEL_AFFINE, PADDED
+from fxq.shared import SHARED
 from fxq.spec import QParams, QuantSpec
 
 
@@ -387,6 +388,7 @@ KINDS: dict[type[nn.Module], str] = {
     Mean: "mean", Sum: "sum", GlobalAvgPool: "global_avg_pool", Unary: "unary", Power: "power",
     **dict.fromkeys((*PADDED, *CHANNEL_AFFINE), "conv"), FakeQuantize: "fake_quantize",
 }  # fmt: skip
+KINDS.update({made: KINDS[plain] for plain, made in SHARED.items()})
 
 WEIGHTED = ("conv", "conv_transpose", "linear")
 

@@ -11,6 +11,7 @@ STREET: tuple[tuple[str, ...], ...] = (
     ("errors", "heap", "progress", "doctor_machine", "tables_html"),
     ("spec", "distributed", "selection"),
     ("numerics", "schemes", "convolutions"),
+    ("shared", "archive", "kmeans"),
     ("modules", "observers", "targets", "lowbit"),
     ("graph", "lowering", "tracers", "calibration", "weight_ranges", "weight_masks", "moves", "lineage", "values"),
     ("states",),
@@ -97,7 +98,7 @@ def faults(name: str, path: Path) -> list[str]:
     for line, target in imports(path):
         other = target.split(".")[0]
         if other == top:
-            own = top in ("zoo", "report") or (top == "backends" and any({name.split(".")[-1], target.split(".")[-1]} <= one for one in ONE_BACKEND))
+            own = top in ("zoo", "report", "archive") or (top == "backends" and any({name.split(".")[-1], target.split(".")[-1]} <= one for one in ONE_BACKEND))
             fine = own and target != name
         else:
             fine = ROW[other] < ROW[top]
