@@ -23,7 +23,7 @@ class _Lookup(torch.autograd.Function):
         return table.index_select(0, codes.reshape(-1).to(torch.int32)).reshape(codes.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (codes,) = ctx.saved_tensors
         sums = torch.zeros(ctx.entries, dtype=torch.float64, device=grad.device)
         sums.index_add_(0, codes.reshape(-1).to(torch.int32), grad.reshape(-1).double())
@@ -36,7 +36,7 @@ def lookup(table: Tensor, codes: Tensor) -> Tensor:
     Args:
         table: ``[K]``. codes: integers in ``[0, K)``, any shape.
     """
-    found: Tensor = _Lookup.apply(table, codes)  # type: ignore[no-untyped-call]
+    found: Tensor = _Lookup.apply(table, codes)
     return found
 
 
