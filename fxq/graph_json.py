@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import keyword
 import math
 import operator
+import re
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -40,6 +42,7 @@ DATA: dict[str, type] = {"Grid": Grid, "Scheme": Scheme}
 OPERATORS = ("getitem", "add", "sub", "mul", "truediv", "floordiv", "neg", "pow", "matmul", "mod", "and_", "or_", "eq", "ne", "lt", "le", "gt", "ge", "invert")
 META = ("shape", "dynamic", "dtype", "grid", "integer", "float_why", "reads_codes", "narrow", "int8_layer")
 """What is kept of a node's meta."""
+_PATH = re.compile(r"[^\"\\\x00-\x1f\x7f-\x9f\u2028\u2029]+")  # what ends neither a quoted text nor a line
 INNER = frozenset(vars(nn.Module()))
 """Attributes that every module has."""
 
@@ -164,7 +167,7 @@ class Reader:
         """
         try:
             return self._graph(data)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as e:
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, SyntaxError, AssertionError) as e:
             raise ArtifactError(f"its graph is damaged: {type(e).__name__}: {e}", way_out="Save the model again") from e
 
     def _graph(self, data: Any) -> GraphModule:
@@ -180,7 +183,9 @@ class Reader:
             target = n["target"] if n["op"] != "call_function" else _function(n["target"])
             if n["op"] == "call_method":
                 _method(target)
-            node = graph.create_node(n["op"], target, self.value(n["args"]), self.value(n["kwargs"]), name=n["name"])
+            kwargs = self.value(n["kwargs"])
+            _writable(n["op"], target, kwargs, n["name"])
+            node = graph.create_node(n["op"], target, self.value(n["args"]), kwargs, name=n["name"])
             if node.name != n["name"]:
                 raise ArtifactError(f"two nodes are called {n['name']!r}", way_out="Save the model again")
             node.meta.update({k: self.value(v) for k, v in n["meta"].items() if k in META})
@@ -306,6 +311,13 @@ def _function(name: str) -> Any:
         if isinstance(found, Hashable) and found in torch.overrides.get_testing_overrides():
             return found
     raise ArtifactError(f"it names the function {name!r}, which no file may hold", way_out="Take files from fxq.save only")
+
+
+def _writable(op: str, target: Any, kwargs: dict[str, Any], name: str) -> None:
+    """Torch writes targets and names of arguments into the source of ``forward``, which it then runs: they must be names."""
+    plain = not isinstance(target, str) or (target.isidentifier() if op in ("placeholder", "output") else _PATH.fullmatch(target) is not None)
+    if not plain or (isinstance(target, str) and keyword.iskeyword(target)) or not all(k.isidentifier() and not keyword.iskeyword(k) for k in kwargs):
+        raise ArtifactError("its target or an argument's name is no name", where=str(name), way_out="Take files from fxq.save only")
 
 
 def _method(name: str) -> None:
