@@ -12,6 +12,7 @@ _PUBLIC = {
     "Budget": "fxq.mixed",
     "prune": "fxq.prune_model",
     "Prune": "fxq.pruning",
+    "Share": "fxq.sharing",
     "sensitivity": "fxq.group_sensitivity",
     "save": "fxq.modelfile",
     "load": "fxq.modelfile",

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from fxq.mixed import Budget
     from fxq.prune_report import PruneReport
     from fxq.pruning import Prune
+    from fxq.sharing import Share
 
 __all__ = ["BACKENDS", "CompiledModel", "FloatOp", "backend", "compile", "pipeline_for"]
 
@@ -56,25 +57,34 @@ MODES = ("ptq", "qat")
 def _front(scheme: Scheme, how: Prune | None = None) -> tuple[Pass, ...]:
     """The passes up to the calibrated and converted graph."""
     head: tuple[Pass, ...] = (Canonicalize(), PropagateShapes())
-    if how is not None:
+    if how is not None and how.cuts_channels:
         from fxq.passes.prune_channels import PruneChannels
 
         head = (*head, PruneChannels(how))
+    if how is not None and how.sparsity is not None:
+        from fxq.passes.prune_weights import PruneWeights
+
+        head = (*head, PruneWeights(how))
     if scheme.activations in ("sign", "ternary") or scheme.order:
         head = (*head, ReplaceActivations())
     head = (*head, FoldBN(), Legalize(), Annotate(), ShareQParams())
     return (*head, NarrowInputs()) if scheme.stream is not None else head
 
 
-def training_pipeline(scheme: Scheme, observer: str | None, calibrated: bool, how: Prune | None = None) -> Pipeline:
-    """The passes that make a model trainable, in order."""
-    return Pipeline((*_front(scheme, how), Calibrate(observer=observer), Convert(), PrepareTraining(calibrated)))
+def training_pipeline(scheme: Scheme, observer: str | None, calibrated: bool, how: Prune | None = None, share: bool = False) -> Pipeline:
+    """The passes that make a model trainable, in order. ``share``: its weights share codebooks from the start, if the scheme says so."""
+    passes: tuple[Pass, ...] = (*_front(scheme, how), Calibrate(observer=observer), Convert(), PrepareTraining(calibrated))
+    if share and scheme.share is not None:
+        from fxq.passes.share_weights import ShareWeights
+
+        passes = (*passes, ShareWeights())
+    return Pipeline(passes)
 
 
 def pipeline_for(scheme: Scheme, observer: str | None = None, how: Prune | None = None, portable: bool = False) -> Pipeline:
     """The passes that a scheme runs, in order. Of a scheme that is made for training they are those of training."""
     if scheme.trains:
-        return training_pipeline(scheme, observer, True, how)
+        return training_pipeline(scheme, observer, True, how, share=True)
     back: tuple[Pass, ...] = (Calibrate(observer=observer), Convert())
     if scheme.weight_rounding == "feedback":
         back = (*back, RoundWeights())
@@ -100,6 +110,7 @@ def compile(
     progress: Progress | bool = True,
     mode: str = "ptq",
     prune: Prune | None = None,
+    share: Share | None = None,
     portable: bool = False,
     states: bool = True,
     numbers: bool = False,
@@ -119,7 +130,10 @@ def compile(
         batches: read at most so many calibration batches.
         mode: ``ptq`` quantizes post-training; ``qat`` returns a :class:`~fxq.trainable.TrainableModel`, for schemes with calibrated grids. There
             calibration data is where the ranges begin; with ``example`` alone the first training batch sets them. Dropout is taken out.
-        prune: cut channels first (:class:`~fxq.pruning.Prune`); the report is in ``m.prune_report``. To fine-tune in float in between, call :func:`prune`.
+        prune: cut channels first, and single weights (:class:`~fxq.pruning.Prune`); the report is in ``m.prune_report``. To fine-tune in float in between,
+            call :func:`prune`.
+        share: weights of each layer share the values of a codebook (:class:`~fxq.sharing.Share`), instead of what the scheme says; with ``mode="qat"`` from
+            ``share_weights()`` on.
         portable: integer weights that give the same numbers on every x86 CPU, with and without VNNI (``docs/portability.md``); of a trained model call
             :func:`fxq.portability.portable`.
         states: keep the graph after every pass (``m.history.graph(name)``, ``m.bisect``); they share all that a pass left alone, and hold the float
@@ -134,6 +148,8 @@ def compile(
     """
     tgt = targets.get(target)
     sch = tgt.scheme(scheme)
+    if share is not None:
+        sch = replace(sch, share=share)
     if observer is not None and observer not in schemes.OBSERVERS:
         raise SchemeError(f"unknown observer {observer!r}", way_out=nearest(observer, schemes.OBSERVERS))
     if isinstance(model, torch.export.ExportedProgram):
@@ -224,7 +240,7 @@ def _compile(net: nn.Module, data: Batches, ctx: PassContext, how: _How) -> Comp
     ctx.example, ctx.probe = few, few if notes else resized(few, 1)
     if ctx.train or ctx.scheme.trains:
         wanted, ctx.train = ctx.train, True
-        training_pipeline(ctx.scheme, how.observer, how.calibrated, how.prune).run(captured.gm, ctx, history)
+        training_pipeline(ctx.scheme, how.observer, how.calibrated, how.prune, share=not wanted).run(captured.gm, ctx, history)
         model = TrainableModel(captured.gm, captured, history, ctx.scheme, ctx.target)
         report = _pruned(captured.gm)
         made = model if wanted else model.convert()

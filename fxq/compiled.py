@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from torch import nn
 from torch.fx import GraphModule
 
-from fxq import admission, graph, tables_html, tabular, targets
+from fxq import admission, compressing, graph, tables_html, tabular, targets
 from fxq.calibration import Batches
 from fxq.debugging import Debugging
 from fxq.errors import ArtifactError, FxqError, LoweringError, TargetError, nearest
@@ -167,6 +167,11 @@ class CompiledModel(Debugging, nn.Module):
             for n in gm.graph.nodes
             if n.meta.get("float_why") and n.op not in ("output", "placeholder", "get_attr")
         ]
+
+    @property
+    def densities(self) -> dict[str, float]:
+        """Module path of each weighted layer -> share of its weights that is not 0."""
+        return compressing.densities(self.graph_module)
 
     def save_graph(self, path: str | os.PathLike[str], state: str | None = None, format: str | None = None, *, force: bool = False) -> Path:
         """Write the graph after a pass for a viewer: ``.onnx`` for Netron, ``.json`` for Model Explorer; no weights.

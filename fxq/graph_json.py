@@ -23,6 +23,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from fxq.errors import ArtifactError
 from fxq.graph import Grid
 from fxq.schemes import Scheme
+from fxq.sharing import Share
 from fxq.spec import QParams, QuantSpec
 
 CLASSES = {
@@ -36,11 +37,12 @@ CLASSES = {
     "fxq.estimators": ("SignEstimator", "TernaryEstimator", "DoReFaEstimator", "StepEstimator", "RangeEstimator"),
     "fxq.training": ("TrainedLayer", "FloatLayer", "FloatNorm"),
     "fxq.training_lowbit": ("EstimatedLayer",),
+    "fxq.training_shared": ("SharedLayer",),
 }  # fmt: skip
 """Classes of fxq that a file may hold."""
-DATA: dict[str, type] = {"Grid": Grid, "Scheme": Scheme}
+DATA: dict[str, type] = {"Grid": Grid, "Scheme": Scheme, "Share": Share}
 OPERATORS = ("getitem", "add", "sub", "mul", "truediv", "floordiv", "neg", "pow", "matmul", "mod", "and_", "or_", "eq", "ne", "lt", "le", "gt", "ge", "invert")
-META = ("shape", "dynamic", "dtype", "grid", "integer", "float_why", "reads_codes", "narrow", "int8_layer")
+META = ("shape", "dynamic", "dtype", "grid", "integer", "float_why", "reads_codes", "narrow", "int8_layer", "left")
 """What is kept of a node's meta."""
 _PATH = re.compile(r"[^\"\\\x00-\x1f\x7f-\x9f\u2028\u2029]+")  # what ends neither a quoted text nor a line
 INNER = frozenset(vars(nn.Module()))

@@ -40,7 +40,7 @@ class Plan:
         method = self.ctx.scheme.method
         layers = {"float": (), "dynamic": ("linear",), "weight-only": ("linear", "conv", "conv_transpose")}[method]
         why = {
-            "float": "the scheme is float",
+            "float": "the scheme is float" if self.ctx.scheme.share is None else "the scheme computes in float",
             "dynamic": "the scheme quantizes linear layers only",
             "weight-only": "the scheme quantizes weights only",
         }[method]
@@ -50,6 +50,8 @@ class Plan:
             if node.op not in ("call_module", "call_function", "call_method"):
                 continue
             reason = self.excluded(node) or self._block_fault(node, k)
+            if reason is not None and self.ctx.scheme.share is not None:
+                node.meta["left"] = reason
             if k in layers and reason is None:
                 node.meta["weight_spec"] = str(self.ctx.scheme.weight_spec(k))
                 node.meta["integer"] = method == "dynamic"

@@ -30,19 +30,24 @@ from fxq.selectors import Selector, fits, matches
 
 WHERE = "prune-channels"
 SCOPES = ("global", "layer")
+SPARSITY_SCOPES = ("global", "layer", "sensitivity")
 Limit = float | int | Mapping[str, float | int]
 """A share of a layer's units (a float up to 1) or their number (an int), for all layers or by pattern."""
 
 
 @dataclass(frozen=True, eq=False)
 class Prune:
-    """What to cut.
+    """What to cut: whole channels, single weights, or both.
 
-    Exactly one of the first four says how much:
+    At most one of the first four says how many channels:
 
     Attributes:
         ratio: share of the units to cut, in [0, 1): over all groups together, or of each with ``scope="layer"``.
         macs, parameters, bytes: share of the model's multiply-accumulates, parameters or bytes (of weights in the scheme's bits) that may stay, in (0, 1].
+        sparsity: share of the single weights that become 0, by magnitude, [0, 1): of all layers, or pattern of module paths -> share of these layers (others
+            stay whole). The masks hold in training (``mode="qat"``), where ``prune_weights`` cuts more.
+        sparsity_scope: ``global``: the least weights of all layers together; ``layer``: the same share of each; ``sensitivity``: as much of each as keeps the
+            output nearest (:mod:`fxq.weight_levels`), measured on the first inputs.
         multiple_of: widths are multiples of it (nearest, at least once; narrower layers stay whole). None: what the target's kernels like
             (:attr:`fxq.targets.Target.channel_multiple`).
         by: criterion, one of :data:`fxq.importance.CRITERIA`.
@@ -65,6 +70,8 @@ class Prune:
     macs: float | None = None
     parameters: float | None = None
     bytes: float | None = None
+    sparsity: float | Mapping[str, float] | None = None
+    sparsity_scope: str = "global"
     multiple_of: int | None = None
     by: str = "l2"
     scope: str = "global"
@@ -81,9 +88,10 @@ class Prune:
 
     def __post_init__(self) -> None:
         given = [n for n in ("ratio", *budget.COSTS) if getattr(self, n) is not None]
-        if len(given) != 1:
+        if len(given) != 1 and not (self.sparsity is not None and not given):
             fact = f"{' and '.join(given)} both say how much to cut" if given else "nothing says how much to cut"
-            raise PassError(fact, where=WHERE, way_out="Give one of ratio=, macs=, parameters=, bytes=")
+            raise PassError(fact, where=WHERE, way_out="Give one of ratio=, macs=, parameters=, bytes=, or sparsity=")
+        self._check_sparsity()
         if self.ratio is not None and not 0 <= self.ratio < 1:
             raise PassError(f"ratio {self.ratio:g} would empty every layer" if self.ratio >= 1 else f"ratio {self.ratio} is no share", where=WHERE,
                             way_out="Cut a share in [0, 1), such as 0.5")  # fmt: skip
@@ -100,6 +108,19 @@ class Prune:
         if self.multiple_of is not None and (not isinstance(self.multiple_of, int) or self.multiple_of < 1):
             raise PassError(f"multiple_of={self.multiple_of} is no number from 1 on", where=WHERE, way_out="Use 1, 8, 16 or 32")
 
+    def _check_sparsity(self) -> None:
+        if self.sparsity_scope not in SPARSITY_SCOPES:
+            raise PassError(f"unknown word {self.sparsity_scope!r}", where="prune-weights", way_out=nearest(str(self.sparsity_scope), SPARSITY_SCOPES))
+        for value in () if self.sparsity is None else self.sparsity.values() if isinstance(self.sparsity, Mapping) else (self.sparsity,):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+                way_out = "Give the share of the weights that become 0, such as 0.9"
+                raise PassError(f"sparsity {value!r} is not in [0, 1)", where="prune-weights", way_out=way_out)
+
+    @property
+    def cuts_channels(self) -> bool:
+        """It asks for channels, not for single weights alone."""
+        return any(getattr(self, n) is not None for n in ("ratio", *budget.COSTS))
+
     def inside(self, path: str, names: Sequence[str]) -> Prune:
         """The request for one part of a model: what names layers of other parts is left out.
 
@@ -109,7 +130,11 @@ class Prune:
         inner = {p: p.removeprefix(f"{path}.") for p in (*self.ratios, *(s for s in self.selectors if isinstance(s, str)))}
         here = {p: i for p, i in inner.items() if any(fits(n, i) for n in names)}
         keep = [here.get(s) if isinstance(s, str) else s for s in self.selectors if not isinstance(s, str) or s in here]
-        return replace(self, keep=[k for k in keep if k is not None], ratios={here[p]: v for p, v in self.ratios.items() if p in here}, must=False)
+        sparsity = self.sparsity
+        if isinstance(sparsity, Mapping):
+            sparsity = {p.removeprefix(f"{path}."): v for p, v in sparsity.items()}
+        ratios = {here[p]: v for p, v in self.ratios.items() if p in here}
+        return replace(self, keep=[k for k in keep if k is not None], ratios=ratios, sparsity=sparsity, must=False)
 
     @property
     def selectors(self) -> tuple[Selector, ...]:

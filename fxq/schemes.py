@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fxq.errors import SchemeError, nearest
+from fxq.sharing import Share
 from fxq.spec import QuantSpec
 
 METHODS = ("float", "static", "dynamic", "weight-only")
@@ -53,6 +54,7 @@ class Scheme:
         clip: where ``clip`` and ``pact`` start without calibration data, and where ``compat`` always clips.
         order: ``B-A-C-P``: poolings move in front of batch norm and activation, right behind the layer; ``C-B-A-P``: behind them; empty: as they are.
         batch_norm: ``folded``: weights are rounded with the batch norm folded in; ``plain``: as they are, and the scale takes it over.
+        share: weights of each layer share the values of a codebook (:class:`fxq.sharing.Share`), or ``None``.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Scheme:
     clip: float = 10.0
     order: str = ""
     batch_norm: str = "folded"
+    share: Share | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -113,15 +116,30 @@ class Scheme:
             raise SchemeError(f"scheme {self.name!r} has DoReFa weights of {self.weight.bits} bits", way_out="Use 2 to 8; for 1 bit weights='sign'")
         if not self.clip > 0:
             raise SchemeError(f"scheme {self.name!r} clips at {self.clip}", way_out="Clip at a positive number")
+        if self.share is not None:
+            self._check_share(self.share)
+
+    def _check_share(self, share: Share) -> None:
+        """Weights that can share a codebook: float ones, or integers with more values than it has."""
+        w = self.weight
+        if self.method == "float" or (w is not None and w.kind == "affine" and w.block is None and w.bits > share.most and self.method != "dynamic"
+                                      and self.weights in ("range", "lsq")):  # fmt: skip
+            return
+        if w is not None and (w.bits <= share.most or self.weights not in ("range", "lsq")):
+            way_out = "Leave share= out: lower('archive') codes weights of few values as they are"
+            raise SchemeError(f"weights of scheme {self.name!r} have {w.bits} bits or fewer: sharing {share.most}-bit codebooks adds nothing", way_out=way_out)
+        raise SchemeError(f"weights of scheme {self.name!r} cannot share a codebook", way_out="Use deepcomp_w5, iao_w8a8 or weight_only_w8")
 
     @property
     def trains(self) -> bool:
         """It is made for training: its codes come from more than a range."""
-        return self.weights != "range" or self.activations != "range"
+        return self.weights != "range" or self.activations != "range" or self.share is not None
 
     @property
     def kept_weight(self) -> QuantSpec | None:
         """Codes of the weights as a runtime keeps them: 8-bit integers for low-bit weights."""
+        if self.weight is None:
+            return None
         return S8N if self.trains or (self.weight is not None and self.stream is not None) else self.weight
 
     @property
@@ -158,7 +176,8 @@ def register(scheme: Scheme) -> Scheme:
 
 
 def get(scheme: str | Scheme) -> Scheme:
-    """Scheme by name; a :class:`Scheme` is returned as it is. The families ``iao_w<b>a<b>`` and ``dorefa_w<b>a<b>`` know all widths.
+    """Scheme by name; a :class:`Scheme` is returned as it is. The families ``iao_w<b>a<b>``, ``dorefa_w<b>a<b>`` and
+    ``deepcomp_w<b>[_fc<b>]`` know all widths.
 
     Raises:
         SchemeError: for an unknown name; the nearest one is offered.
@@ -181,6 +200,7 @@ def names() -> list[str]:
 
 
 _FAMILY = re.compile(r"(iao|dorefa)_w([2-8])a([2-8]|32)((?:_[a-z]+)*)")
+_DEEPCOMP = re.compile(r"deepcomp_w([1-8])(?:_fc([1-8]))?")
 _VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "iao": {"lsq": {"weights": "lsq", "activations": "lsq"}, "pact": {"activations": "pact"}, "plain": {"batch_norm": "plain"}},
     "dorefa": {"lsq": {"activations": "lsq"}, "pact": {"activations": "pact"}, "compat": {"compat": True}},
@@ -188,9 +208,17 @@ _VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 _SAID = {"lsq": ", learned steps", "pact": ", learned clips", "plain": ", batch norms not folded", "compat": ", the older form"}
 
 
+def _deepcomp(name: str, bits: int, linear_bits: int | None) -> Scheme:
+    """Deep Compression: float weights that share codebooks."""
+    said = f"{bits}-bit codebooks" if linear_bits is None else f"{bits}-bit codebooks in convolutions, {linear_bits}-bit ones in linear layers"
+    return Scheme(name, "float", summary=f"Deep Compression: float weights that share {said}", share=Share(bits, linear_bits))
+
+
 def _family(name: str) -> Scheme | None:
     """The scheme of a family by its name: the widths of weights and activations, then variants; ``None`` when it is no such name."""
-    m = _FAMILY.fullmatch(name)
+    shared, m = _DEEPCOMP.fullmatch(name), _FAMILY.fullmatch(name)
+    if shared is not None:
+        return _deepcomp(name, int(shared[1]), None if shared[2] is None else int(shared[2]))
     if m is None:
         return None
     family, w, a, variants = m[1], int(m[2]), int(m[3]), m[4].split("_")[1:]
@@ -261,7 +289,7 @@ for _scheme in (
     Scheme("twn_wta1", "static", T2, SIGN, summary="ternary weights, binary activations", weights="ternary", float_layers=_ENDS, **_TO_SIGN),
     Scheme("tbn_w1at", "static", B1, TRIT, summary="binary weights, ternary activations", activations="ternary", stream=U8, **_SIGNS),
     *map(_family, ("iao_w4a4", "iao_w4a4_lsq", "iao_w4a4_pact", "iao_w8a8_lsq", "iao_w8a8_plain")),
-    *map(_family, ("dorefa_w2a2", "dorefa_w4a4", "dorefa_w4a4_pact", "dorefa_w4a4_compat")),
+    *map(_family, ("dorefa_w2a2", "dorefa_w4a4", "dorefa_w4a4_pact", "dorefa_w4a4_compat", "deepcomp_w5", "deepcomp_w8_fc5")),
 ):
     assert _scheme is not None
     register(_scheme)

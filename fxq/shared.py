@@ -163,3 +163,24 @@ def plain(layer: SharedWeight) -> nn.Module:
     out.register_parameter("weight", nn.Parameter(layer.weight.detach().clone()))
     out.register_parameter("bias", bias)
     return out  # type: ignore[no-any-return]
+
+
+def rebuilt(layer: SharedWeight, book: Tensor | None, rows: Tensor | None, bias: Tensor | None, *, train_rows: bool = True) -> SharedWeight:
+    """A copy of the layer on the same codes with another codebook (``None``: the same parameter), other factors and another bias.
+
+    Args:
+        book: float ``[K]``. rows: float ``[C]``. bias: float ``[channels]``.
+    """
+    out: Any = type(layer).__new__(type(layer))
+    out.__dict__.update({k: (dict(v) if isinstance(v, dict) else v) for k, v in layer.__dict__.items()})
+    if book is not None:
+        out._parameters["book"] = nn.Parameter(book.detach().to(torch.float32).clone())
+    out._parameters.pop("rows", None)
+    out._buffers.pop("rows", None)
+    factor = None if rows is None else rows.detach().to(torch.float32).clone()
+    if factor is not None and train_rows:
+        out.register_parameter("rows", nn.Parameter(factor))
+    else:
+        out.register_buffer("rows", factor)
+    out._parameters["bias"] = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach().clone())
+    return out  # type: ignore[no-any-return]

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from fxq import finite
+from fxq import compressing, finite
 from fxq.compiled import CompiledModel
 from fxq.errors import FxqError, LoweringError
 from fxq.estimators import Estimator
 from fxq.graph import finish, grids, module_of, swap_module, walk
 from fxq.lowering import Artifact
 from fxq.modules import WEIGHTED
+from fxq.shared import SharedWeight
 from fxq.snapshot import History, take
 from fxq.trackers import Sign, TrackedFakeQuantize, Tracker
 from fxq.training import FloatLayer, FloatNorm, Normed, TrainedLayer, unsigned_where
@@ -171,6 +172,40 @@ class TrainableModel(CompiledModel):
         for sign in signs:
             sign.sharpness.fill_(sharpness)
 
+    def prune_weights(self, ratio: float) -> TrainableModel:
+        """Cut more weights by magnitude, so that ``ratio`` of those under masks are cut (compile with ``prune=fxq.Prune(sparsity=...)``).
+
+        Each layer's part is as the request said (``sparsity_scope``). For a gradual schedule call it every few steps with
+        :func:`fxq.sparsity.cubic_ratio`. Parameters, and so the optimizer's state, stay the same objects.
+
+        Args:
+            ratio: in [0, 1), of all weights under masks; where a request mapped patterns to shares, of the greatest of them.
+
+        Raises:
+            FxqError: for a ratio below that of now or outside [0, 1), without masks, or after :meth:`share_weights`.
+        """
+        compressing.prune_weights(self.graph_module, ratio)
+        return self
+
+    def share_weights(self) -> TrainableModel:
+        """Cluster each layer's weights as they are now: from here on codebooks train, with gradients summed over the weights of each entry, and 0 stays 0.
+
+        Parameters of the weights are replaced by those of the codebooks: make a new optimizer. Calling :meth:`convert` without it clusters a copy.
+
+        Raises:
+            FxqError: when weights share codebooks already, or the model is frozen.
+            PassError: for a scheme that shares none.
+        """
+        if self.phase == QAFT:
+            raise FxqError("the model is frozen", way_out="Call share_weights() before freeze()")
+        self.history.snapshots.append(compressing.share_weights(self.graph_module, self.scheme, self.target, self.history.example))
+        return self
+
+    @property
+    def shares_weights(self) -> bool:
+        """:meth:`share_weights` was called."""
+        return any(isinstance(m, SharedWeight) for m in self.modules())
+
     def convert(self) -> CompiledModel:
         """The deployed model: a copy on integer grids, to verify and to lower. This one stays as it is.
 
@@ -183,6 +218,9 @@ class TrainableModel(CompiledModel):
         for m in gm.modules():
             if isinstance(m, TrackedFakeQuantize):
                 m.tracker.settle()
+        more = []
+        if self.scheme.share is not None and not self.shares_weights:
+            more.append(compressing.share_weights(gm, self.scheme, self.target, self.history.example))
         for node, _ in walk(gm, *WEIGHTED, "batch_norm"):
             layer = module_of(gm, node)
             if isinstance(layer, LAYERS):
@@ -195,7 +233,7 @@ class TrainableModel(CompiledModel):
                 table[fq.grid] = replace(table[fq.grid], spec=qp.spec, qparams=qp, step=fq.tracker.step)
                 swap_module(gm, node, fq.deployed(qp))
         finish(gm)
-        history = History([*self.history, take(gm, "convert-trained")], self.history.example)
+        history = History([*self.history, *more, take(gm, "convert-trained")], self.history.example)
         return CompiledModel(gm, self.captured, history, self.scheme, self.target)
 
     def _require_data(self, what: str) -> None:

@@ -49,6 +49,11 @@ class Normed(nn.Module):
         self.register_buffer("weight_mask", mask)
 
     @property
+    def mask(self) -> Tensor | None:
+        """The mask, or ``None``."""
+        return self._buffers.get("weight_mask")
+
+    @property
     def kept_weight(self) -> Tensor:
         """The weight of ``op``, 0 where it is masked, differentiable."""
         op: Any = self.op

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fxq import lowbit, numerics
 from fxq.estimators import Estimator
 from fxq.modules import FakeQuantize, Quantized, call_with
+from fxq.shared import SharedWeight, rebuilt
 from fxq.spec import QParams, QuantSpec
 from fxq.trackers import Tracker
 from fxq.training import Normed, along_weight, folded
@@ -147,11 +148,21 @@ class EstimatedLayer(Normed, Quantized):
         """The deployed layer."""
         with torch.no_grad():
             codes, qp, bias, bias_qp = self._threshold_grids() if self.signs and self.source is not None else self.grids()
+            if isinstance(self.op, SharedWeight):
+                return Quantized(self._shared_op(self.op, qp, bias), qp, bias_qp)
             op: Any = copy.copy(self.op)
             op._parameters = dict(op._parameters)
             op.weight = nn.Parameter(codes * numerics.along(qp.scale, self.estimator.axis, codes.ndim))
             op.bias = None if bias is None else nn.Parameter(bias)
         return Quantized(op, qp, bias_qp)
+
+    def _shared_op(self, op: SharedWeight, qp: QParams, bias: Tensor | None) -> SharedWeight:
+        """The shared weight on its integer grid: integers as codebook, the scale of each channel with the sign of its batch norm as factor."""
+        _, step = self.estimator.codes(self.kept_weight)
+        top = self.estimator.top
+        whole = (op.book.detach() / step).round().clamp(-top, top) * self.fine
+        rows = qp.scale * torch.where(self._per_row(self._fold()[0]) < 0, -1.0, 1.0).to(qp.scale.dtype)
+        return rebuilt(op, whole, rows, bias, train_rows=False)
 
     def _threshold_grids(self) -> tuple[Tensor, QParams, Tensor, QParams]:
         """Codes and an int32 bias whose sum has the sign of ``direction d - threshold + 1/2``, and is never 0."""

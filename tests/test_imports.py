@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "fxq"
 
 STREET: tuple[tuple[str, ...], ...] = (
     ("errors", "heap", "progress", "doctor_machine", "tables_html"),
-    ("spec", "distributed", "selection"),
+    ("spec", "distributed", "selection", "sharing"),
     ("numerics", "schemes", "convolutions"),
     ("shared", "archive", "kmeans"),
     ("modules", "observers", "targets", "lowbit"),
@@ -28,7 +28,7 @@ STREET: tuple[tuple[str, ...], ...] = (
         "canonical_layers", "canonical_attention", "forms", "forms_shuffle", "forms_tidy", "forms_unpack", "placement", "training", "finite",
         "groups", "dead_channels",
     ),
-    ("placement_inputs", "training_lowbit", "importance", "budget", "masking"),
+    ("placement_inputs", "training_lowbit", "training_shared", "importance", "budget", "masking", "weight_levels"),
     ("pruning", "toggles", "grafts", "metrics"),
     ("audit", "quant_sensitivity"),
     ("audit_bias", "audit_grids", "audit_ranges", "audit_runs", "verdicts", "mixed"),
@@ -44,7 +44,7 @@ STREET: tuple[tuple[str, ...], ...] = (
     ("lint", "proof", "lint_trt_fix", "lint_fix"),
     ("tensorrt",),
     ("engine_proof",),
-    ("portability_lint", "admission", "sources", "report"),
+    ("portability_lint", "admission", "sources", "report", "compressing"),
     ("compiled", "group_sensitivity"),
     ("trainable", "slimming", "pruned", "portability"),
     ("api", "zoo", "modelfile", "prune_model", "sparsity"),

@@ -37,7 +37,7 @@ class Annotate(Pass):
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         for node in gm.graph.nodes:
-            for key in ("integer", "float_why", "grid", "absorbed", "weight_spec", "reads_codes", "narrow", "int8_layer"):
+            for key in ("integer", "float_why", "grid", "absorbed", "weight_spec", "reads_codes", "narrow", "int8_layer", "left"):
                 node.meta.pop(key, None)
         gm.meta["grids"] = {}
         plan = InputsPlan(gm, ctx) if ctx.target.placement == "inputs" else OutputsPlan(gm, ctx)
