@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "fxq"
 STREET: tuple[tuple[str, ...], ...] = (
     ("errors", "heap", "progress", "doctor_machine", "tables_html"),
     ("spec", "distributed", "selection", "sharing"),
-    ("numerics", "schemes", "convolutions"),
+    ("numerics", "schemes", "convolutions", "histogram"),
     ("shared", "archive", "kmeans"),
     ("modules", "observers", "targets", "lowbit"),
     ("graph", "lowering", "tracers", "calibration", "weight_ranges", "weight_masks", "moves", "lineage", "values"),
