@@ -69,6 +69,15 @@ class SharedWeight(nn.Module):
 
     weight: Any = property(dense)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        book = state_dict.get(prefix + "book")
+        if isinstance(book, Tensor) and book.ndim == 1 and 0 < len(book) <= MOST and book.shape != self.book.shape:
+            self.book.data = self.book.new_zeros(book.shape)  # clustered again, a layer may have another number of values
+        codes = state_dict.get(prefix + "codes")
+        if isinstance(codes, Tensor) and codes.dtype != self.codes.dtype and codes.dtype in (torch.uint8, torch.int16):
+            self.codes = self.codes.to(codes.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
 
 class SharedConv1d(SharedWeight, nn.Conv1d):
     """Conv1d with a shared weight."""

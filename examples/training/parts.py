@@ -18,10 +18,13 @@ import fxq
 from fxq import schemes, zoo
 from fxq.errors import FxqError, InputError
 from fxq.schemes import Scheme
+from fxq.sparsity import cubic_ratio
 from fxq.spec import QuantSpec
 from training import data
 from training.recipe import Optimizer, Recipe, Stage
 
+MEASURED = 0.5
+"""Sparsity at which the layers' sensitivity is measured; their levels hold for more."""
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
 
 
@@ -76,10 +79,12 @@ def trainable(recipe: Recipe, net: nn.Module, x: Tensor) -> nn.Module:
         x: calibration inputs, or an example of the inputs where the recipe has no calibration.
     """
     made = scheme(recipe)
-    if made.method == "float":
+    if made.method == "float" and not made.trains:
         model = copy.deepcopy(net)
     else:
         given: dict[str, Any] = {"calibration": x.split(min(recipe.batch, len(x)))} if recipe.calibration else {"example": x}
+        if any(s.sparsity for s in recipe.stages):
+            given["prune"] = fxq.Prune(sparsity=MEASURED if recipe.sparsity_scope == "sensitivity" else 0.0, sparsity_scope=recipe.sparsity_scope)
         model = fxq.compile(net, made, mode="qat", progress=False, **given, **recipe.fxq)
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
@@ -87,8 +92,24 @@ def trainable(recipe: Recipe, net: nn.Module, x: Tensor) -> nn.Module:
     return model.to(memory_format=torch.channels_last) if recipe.channels_last else model  # type: ignore[call-overload]
 
 
-def teacher(recipe: Recipe, net: nn.Module, x: Tensor) -> nn.Module:
-    """The float net with its batch norms folded."""
+def sparsity(recipe: Recipe, stage: int, step: int, steps: int) -> float:
+    """Share of the weights that are cut at a step of a stage.
+
+    Args:
+        step: from 0 on, in the stage; ``steps``: of an epoch.
+    """
+    now = recipe.stages[stage]
+    before = max((s.sparsity for s in recipe.stages[:stage]), default=0.0)
+    end = round(now.ramp * now.epochs * steps)
+    if now.sparsity <= before or not end:
+        return max(now.sparsity, before)
+    return cubic_ratio(step, begin=0, end=end, final=now.sparsity, initial=before)
+
+
+def teacher(recipe: Recipe, net: nn.Module, x: Tensor, out: Path) -> nn.Module:
+    """The float net that teaches, with its batch norms folded."""
+    if recipe.distill.net:
+        net = float_net(dataclasses.replace(recipe, net=recipe.distill.net, weights=recipe.distill.weights), out)
     made = fxq.compile(net, "float", example=x[:2], progress=False).requires_grad_(False)
     return made.to(memory_format=torch.channels_last) if recipe.channels_last else made  # type: ignore[call-overload]
 

@@ -13,6 +13,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import fxq
 from fxq.errors import InputError, nearest
+from fxq.pruning import SPARSITY_SCOPES
 from fxq.schemes import Scheme
 
 RESERVED = ("model", "scheme", "calibration", "example", "mode", "progress", "batches")
@@ -50,13 +51,19 @@ class Distill:
 
     weight: float = key(0.0, "share of the loss that comes from the float net with the weights of the start (arXiv 1503.02531); 0: none", least=0, most=1)
     temperature: float = key(4.0, "that softens both distributions", least=0.1)
+    net: str = key("", "another net of `fxq.zoo` teaches; empty: the float net of the start")
+    weights: str = key("", "its weights, as `weights`")
 
 
 @dataclass(frozen=True)
 class Stage:
     """``[[stages]]``"""
 
-    phase: str = key("train", "`train`: ranges and batch norms move; `qaft`: `freeze()` first, grids and statistics stay", choices=("train", "qaft"))
+    phase: str = key(
+        "train",
+        "`train`: ranges and batch norms move; `share`: `share_weights()` first, codebooks train; `qaft`: `freeze()` first, grids and statistics stay",
+        choices=("train", "share", "qaft"),
+    )
     epochs: int = key(1, "passes over the training images", least=1)
     lr: float = key(0.01, "learning rate at its highest", least=0)
     schedule: str = key("cosine", "`cosine` to `final`, `step` or `constant`", choices=("cosine", "step", "constant"))
@@ -66,6 +73,10 @@ class Stage:
     )
     warmup: float = key(0.0, "epochs in which the rate rises to `lr`", least=0)
     weight_decay: float = key(-1.0, "of this stage; -1: that of `[optimizer]`", least=-1)
+    sparsity: float = key(
+        0.0, "share of the weights that are cut by magnitude when `ramp` is over, more from step to step (arXiv 1710.01878); 0: none", least=0, most=0.999
+    )
+    ramp: float = key(0.7, "part of the stage in which `sparsity` grows", least=0, most=1)
 
 
 @dataclass(frozen=True)
@@ -86,6 +97,7 @@ class Recipe:
     calibration: int = key(512, "training images that set the first ranges; 0: the first batch does", least=0)
     label_smoothing: float = key(0.0, "share of the target that goes to all classes", least=0, most=1)
     ema: float = key(0.0, "decay of the average of the weights, which is validated and deployed; 0: none", least=0, most=1)
+    sparsity_scope: str = key("global", "which weights `sparsity` cuts: the least of all, of each `layer`, or by `sensitivity`", choices=SPARSITY_SCOPES)
     bn_momentum: float = key(0.1, "share of a new batch in the running statistics", least=0, most=1)
     select: str = key("last", "which epoch of a stage is kept: the `last`, or the `best` on the validation images", choices=("last", "best"))
     channels_last: bool = key(False, "memory format")
@@ -152,6 +164,12 @@ def build(table: dict[str, Any], where: str) -> Recipe:
     if "qaft" in phases and (recipe.scheme == "float" or "train" in phases[phases.index("qaft") :]):
         way_out = "A float net has no grids to fix" if recipe.scheme == "float" else "Put the stages with phase = 'qaft' last"
         raise InputError("phase 'qaft' cannot stand there", where=f"{where}: stages", way_out=way_out)
+    if "share" in phases and "train" in phases[phases.index("share") :]:
+        raise InputError("phase 'share' cannot stand there", where=f"{where}: stages", way_out="Put the stages with phase = 'share' behind those that train")
+    if recipe.scheme == "float" and any(s.sparsity for s in recipe.stages):
+        raise InputError("a float net has no masks", where=f"{where}: stages", way_out="Use scheme = 'deepcomp_w5'")
+    if any(s.sparsity and s.phase != "train" for s in recipe.stages):
+        raise InputError("sparsity grows in stages with phase = 'train' only", where=f"{where}: stages", way_out="What is cut stays cut in later stages")
     arguments = [p for p in inspect.signature(fxq.compile).parameters if p not in RESERVED]
     for name in recipe.fxq:
         if name not in arguments:

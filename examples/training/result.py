@@ -41,10 +41,17 @@ def deployed(run: Run) -> tuple[nn.Module, Artifact]:
     """The deployed model and its ONNX file."""
     if isinstance(run.model, TrainableModel):
         made = run.model.convert()
-        return made, made.lower("onnx-qdq")
+        return made, made.lower("onnx" if made.scheme.method == "float" else "onnx-qdq")
     net = run.model.eval()
     made = fxq.compile(net, "float", example=run.normalise(run.images[:2]), progress=False)
     return made, made.lower("onnx")
+
+
+def _archive(run: Run, model: nn.Module, name: str) -> Path | None:
+    """``<name>.fxq`` of a model that is made for archives."""
+    if not isinstance(model, fxq.CompiledModel) or not (model.scheme.share or any(s.sparsity for s in run.recipe.stages)):
+        return None
+    return model.lower("archive").save(run.out / f"{name}.fxq", force=True)
 
 
 def measure(run: Run, name: str) -> dict[str, Any]:
@@ -63,8 +70,11 @@ def measure(run: Run, name: str) -> dict[str, Any]:
     def onnx_run(x: Tensor) -> Any:
         return runtime.run(opened, {feed: x.contiguous()})[0]
 
+    archive = _archive(run, model, name)
     test = tuple(t[: run.recipe.test_images or None] for t in data.load("test"))
     runs = {"float": run.net, "simulator": model, "onnxruntime": onnx_run} if run.recipe.weights else {"simulator": model, "onnxruntime": onnx_run}
+    if archive is not None:
+        runs["archive"] = fxq.load(archive)
     accuracy: dict[str, dict[str, float | None]] = {}
     disagree = {}
     for key, call in runs.items():
@@ -78,6 +88,9 @@ def measure(run: Run, name: str) -> dict[str, Any]:
         "simulator_and_file_disagree": int((disagree["simulator"] != disagree["onnxruntime"]).sum()),
         "proof": {"ok": proof.ok, "images": min(PROVED, len(run.images)), "text": str(proof)},
         "file_bytes": os.path.getsize(path),
+        "archive_bytes": None if archive is None else os.path.getsize(archive),
+        "float_bytes": sum(4 * p.numel() for p in run.net.parameters()),
+        "density": run.model.convert().densities if isinstance(run.model, TrainableModel) else None,
         "weight_bytes": weight_bytes(artifact.data),
     }
 

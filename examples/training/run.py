@@ -21,6 +21,9 @@ from training import checkpoint, data, parts
 from training.recipe import Recipe
 from training.show import Show
 
+CUT_EVERY = 20
+"""Steps between two cuts while the sparsity grows."""
+
 
 @dataclass
 class Place:
@@ -75,7 +78,7 @@ class Run:
         self.batches = data.Batches(self.images, self.labels, recipe.batch, recipe.seed, recipe.augment, self.normalise, rank, world)
         first = self.normalise(self.images[: recipe.calibration or 2])
         self.model = parts.trainable(recipe, self.net, first)
-        self.teacher = parts.teacher(recipe, self.net, first) if recipe.distill.weight else None
+        self.teacher = parts.teacher(recipe, self.net, first, out) if recipe.distill.weight else None
         self.at, self.history, self.stopping = Place(), [], ""  # type: tuple[Place, list[dict[str, Any]], str]
         self.optimizer: torch.optim.Optimizer | None = None
         self.ema: parts.Ema | None = None
@@ -89,6 +92,7 @@ class Run:
         if state is None:
             return False
         self.at, self.history, self.best = Place(**state["place"]), state["history"], state["best"]
+        self._enter(loading=True)
         self.model.load_state_dict(state["state_dict"])
         self._wrap()
         self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[union-attr]
@@ -132,12 +136,21 @@ class Run:
             module = nn.parallel.DistributedDataParallel(module)
         self.forward = torch.compile(module, dynamic=False) if self.recipe.compile else module
 
+    def _enter(self, loading: bool = False) -> None:
+        """Bring the model into the phase of the running stage. ``loading``: a checkpoint is loaded next, which brings what is fixed."""
+        phases = [s.phase for s in self.recipe.stages[: self.at.stage + 1]]
+        if not isinstance(self.model, TrainableModel):
+            return
+        if "share" in phases and not self.model.shares_weights:
+            self.model.share_weights()
+        if phases[-1] == "qaft" and self.model.phase != "qaft" and not loading:
+            self.model.freeze()
+
     def _stage(self) -> bool:
         """One stage, or what is left of it."""
         stage = self.recipe.stages[self.at.stage]
         if self.optimizer is None:
-            if stage.phase == "qaft" and isinstance(self.model, TrainableModel) and self.model.phase != "qaft":
-                self.model.freeze()
+            self._enter()
             self._wrap()
         while self.at.epoch < stage.epochs:
             if not self._epoch():
@@ -180,6 +193,9 @@ class Run:
         assert self.optimizer is not None
         for group in self.optimizer.param_groups:
             group["lr"] = parts.rate(recipe.stages[at.stage], at.epoch * steps + at.step, steps)
+        now = at.epoch * steps + at.step
+        if recipe.stages[at.stage].sparsity and now % CUT_EVERY == 0 and isinstance(self.model, TrainableModel):
+            self.model.prune_weights(parts.sparsity(recipe, at.stage, now, steps))
         x, y = self.batches.take(rows, at.number, at.step)
         where = f"{name}, step {at.step + 1}"
         way_out = "Lower lr, lengthen warmup or set optimizer.clip_norm; checkpoints are from before"
