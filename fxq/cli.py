@@ -172,6 +172,8 @@ def _show(a: argparse.Namespace, m: CompiledModel, artifact: Artifact) -> None:
             print(f"float: {op}")
     if artifact.backend == "tensorrt" and (a.dry_run or not a.quiet):
         print(cli_engine.plan_text(a, artifact))  # type: ignore[arg-type]
+    if artifact.backend == "archive" and not a.quiet:
+        print(artifact.info["table"])
 
 
 def _say(a: argparse.Namespace, text: str) -> None:

@@ -26,7 +26,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The subcommands of ``fxq`` and their options."""
-    p = _Parser("fxq", description="Look at models before quantization; check and repair quantized ONNX files.")
+    p = _Parser("fxq", description="Look at models before quantization, and into archives; check and repair quantized ONNX files.")
     commands = p.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
     lint = commands.add_parser("lint", help="what a runtime will run in integers, reject or compute otherwise", description=_lint.__doc__)
     lint.add_argument("file", metavar="FILE.onnx")
@@ -38,9 +38,10 @@ def parser() -> argparse.ArgumentParser:
     lint.add_argument("--json", action="store_true", help="print the report as JSON")
     lint.add_argument("--strict", action="store_true", help="exit code 1 also for warnings and for operations in float")
     lint.set_defaults(run=_lint)
-    from fxq import cli_doctor
+    from fxq import cli_doctor, cli_inspect
 
     cli_doctor.add(commands)
+    cli_inspect.add(commands)
     bisect = commands.add_parser("bisect", add_help=False, help="which pass, node and reason made a compiled model wrong; options as of fxq-lower")
     bisect.add_argument("rest", nargs=argparse.REMAINDER)
     bisect.set_defaults(run=_bisect)

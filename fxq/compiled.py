@@ -42,6 +42,7 @@ BACKENDS: dict[str, str] = {
     "onnx-qdq": "ONNX with Q/DQ pairs and integer weights",
     "onnx": "ONNX; the same writer (for the scheme float)",
     "tensorrt": "TensorRT engine, built with TensorRT-RTX on any machine or with full TensorRT where there is a GPU",
+    "archive": "entropy-coded weights with the graph: a file for fxq.load (Deep Compression)",
     "trt-calibration-cache": "scales as a calibration cache for TensorRT 8 to 10.11 (implicit quantization)",
 }
 
@@ -71,6 +72,10 @@ def _backend(name: str) -> tuple[Callable[..., Lowering], tuple[str, ...]]:
         from fxq.backends.trt_cache import CalibrationCache
 
         return CalibrationCache, ("version",)
+    if name == "archive":
+        from fxq.backends.archive import ArchiveBackend
+
+        return ArchiveBackend, ("coding",)
     from fxq.backends.onnx_qdq import OnnxQdq
 
     return OnnxQdq, ("float_dtype",)
@@ -202,7 +207,7 @@ class CompiledModel(Debugging, nn.Module):
             target: runtime; by default the one that the model was compiled for. One compiled for any ``tensorrt`` target can be lowered
                 for each of them (``sm80``, ``sm86``, ... or ``tensorrt``: all from 8.0 on).
             options: of the backend: ``float_dtype`` (``"fp16"`` for what is not quantized; TensorRT only), and for ``tensorrt`` the fields
-                of :class:`fxq.tensorrt.EngineOptions`; ``trt-calibration-cache`` has ``version``.
+                of :class:`fxq.tensorrt.EngineOptions`; ``trt-calibration-cache`` has ``version``, ``archive`` has ``coding``.
 
         Raises:
             LoweringError: with every finding when the backend cannot take the graph.

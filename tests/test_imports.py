@@ -9,17 +9,17 @@ PACKAGE = Path(__file__).resolve().parents[1] / "fxq"
 
 STREET: tuple[tuple[str, ...], ...] = (
     ("errors", "heap", "progress", "doctor_machine", "tables_html"),
-    ("spec", "distributed", "selection", "sharing"),
+    ("spec", "distributed", "selection", "graph_slim", "sharing"),
     ("numerics", "schemes", "convolutions", "histogram"),
     ("shared", "archive", "kmeans"),
-    ("modules", "observers", "targets", "lowbit"),
-    ("graph", "lowering", "tracers", "calibration", "weight_ranges", "weight_masks", "moves", "lineage", "values"),
+    ("modules", "observers", "targets", "lowbit", "archive_report"),
+    ("graph", "lowering", "tracers", "calibration", "weight_ranges", "weight_masks", "moves", "lineage", "values", "graph_json_rules"),
     ("states",),
     (
         "trackers", "estimators", "graph_json", "shapes", "snapshot", "folding", "kernels", "layerwise", "routing", "concrete", "exported", "parts",
         "costs", "channels", "selectors", "portability_pairs",
     ),
-    ("verify", "canonical", "trace", "prune_report", "channel_reshape", "doctor_health", "interop", "tabular", "recorder"),
+    ("verify", "canonical", "trace", "prune_report", "channel_reshape", "doctor_health", "interop", "tabular", "recorder", "archive_items"),
     (
         "pipeline", "canonical_math", "canonical_chains", "canonical_index", "canonical_reduce", "canonical_shape", "constants", "inline",
         "channel_rules", "cutting",
@@ -47,17 +47,21 @@ STREET: tuple[tuple[str, ...], ...] = (
     ("portability_lint", "admission", "sources", "report", "compressing"),
     ("compiled", "group_sensitivity"),
     ("trainable", "slimming", "pruned", "portability"),
+    ("archived",),
     ("api", "zoo", "modelfile", "prune_model", "sparsity"),
     ("doctor_plan",),
     ("diagnosis",),
-    ("cli_engine", "cli_prune", "cli_doctor", "cli_debug"),
+    ("cli_engine", "cli_prune", "cli_doctor", "cli_debug", "cli_inspect"),
     ("cli",),
     ("command",),
 )  # fmt: skip
 """A module imports from the rows above its own only."""
 
 ONE_BACKEND = (
-    {"onnx_qdq", "onnx_ops", "onnx_weighted", "onnx_float", "onnx_island", "onnx_limits", "onnx_writer", "onnx_codes", "onnx_packed", "onnx_half", "trt_cache"},
+    {
+        "onnx_qdq", "onnx_ops", "onnx_weighted", "onnx_float", "onnx_island", "onnx_limits", "onnx_writer", "onnx_codes", "onnx_packed", "onnx_wide",
+        "onnx_shared", "onnx_half", "trt_cache",
+    },
     {"trt_builder", "trt_engine", "trt_layers", "trt_messages", "trt_profiles"},
 )
 """The ONNX writer and TensorRT are one backend each in several files, which may import each other; any other import between backends is forbidden."""
