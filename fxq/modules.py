@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fxq import numerics
 from fxq.convolutions import CHANNEL_AFFINE, PADDED
-from fxq.shared import SHARED
+from fxq.shared import SHARED, SharedWeight
 from fxq.spec import QParams, QuantSpec
 
 
@@ -322,6 +322,9 @@ class Wrapper(nn.Module):
     """A module that stands for the operation ``op`` inside it: its kind is that of ``op``."""
 
     op: nn.Module
+
+    def extra_repr(self) -> str:
+        return self.op.said if isinstance(self.op, SharedWeight) else ""
 
 
 class Quantized(Wrapper):

@@ -82,10 +82,15 @@ class Plan:
         for role in self.ctx.scheme.float_layers:
             if role in self.roles.get(node, ()):
                 return f"the scheme leaves the {role} layer float" if role != "shortcut" else "the scheme leaves layers on shortcuts float"
-        module = float_module(self.gm, node) if self.kinds[node] == "conv_transpose" and self.ctx.scheme.trains else None
+        module = float_module(self.gm, node) if self.kinds[node] == "conv_transpose" and self._by_channel else None
         if module is not None and module.groups != 1:
             return "a grouped transposed convolution has no scale for each output channel"
         return None
+
+    @property
+    def _by_channel(self) -> bool:
+        """Batch norms go into a scale for each output channel of the weight."""
+        return self.ctx.scheme.trains and self.ctx.scheme.method != "float"
 
     def mark_int8_layers(self) -> None:
         """Layers that a low-bit scheme keeps in 8 bits read and hold 8-bit codes; so does what only stands in for another operation."""

@@ -55,6 +55,14 @@ class SharedWeight(nn.Module):
     rows: Tensor | None
     axis: int
 
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.said}"
+
+    @property
+    def said(self) -> str:
+        """The sharing in words."""
+        return f"{len(self.book)} shared values"
+
     @property
     def table(self) -> Tensor:
         """``[K + 1]``: 0, then the codebook."""

@@ -49,6 +49,12 @@ class NodeRow:
     text: str = ""
 
 
+def _detail(module: nn.Module) -> str:
+    """A module's own description, and how many of its weights are left where they were cut."""
+    kept = vars(module).get("mask_kept")
+    return module.extra_repr() + ("" if kept is None else f", {kept:.2%} of the weights kept")
+
+
 def row(gm: GraphModule, node: Node) -> NodeRow:
     """The node as plain data."""
     args = ", ".join(_arg(a) for a in node.args) + "".join(f", {k}={_arg(v)}" for k, v in node.kwargs.items())
@@ -57,7 +63,7 @@ def row(gm: GraphModule, node: Node) -> NodeRow:
     if k == "opaque" and node.op == "call_function":
         what = getattr(node.target, "__name__", str(node.target))
     path = str(node.target) if node.op in ("call_module", "get_attr") else ""
-    detail = gm.get_submodule(path).extra_repr() if node.op == "call_module" else ""
+    detail = _detail(gm.get_submodule(path)) if node.op == "call_module" else ""
     sizes = _sizes(node.meta.get("shape"), node.meta.get("dynamic"))
     grid = grid_of(gm, node)
     runs = ("int" if node.meta["integer"] else "float") if "integer" in node.meta else ""

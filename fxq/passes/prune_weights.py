@@ -59,6 +59,7 @@ class PruneWeights(Pass):
                 more = bool(((new.weight == 0) & mask).any())
                 layer.weight_masked = mask if more else True
                 layer.mask_scope, layer.mask_level = "global" if self._together else "layer", level
+                layer.mask_kept = float(mask.double().mean())
                 swap_module(gm, node, layer)
         marked = {id(n) for _, nodes in found for n in nodes}
         for node, _ in walk(gm, *WEIGHTED):
