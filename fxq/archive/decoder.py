@@ -1,408 +1,271 @@
-"""A stand-alone reader of archives, numpy only, written to be ported: everything a file says is checked before anything is allocated or decoded.
+"""A stand-alone reader of archives in numpy, short enough to be ported: whatever a file says is checked before anything is allocated or decoded.
 
-The format is described byte by byte in ``docs/archive.md``. Apart from the error's class nothing of fxq is needed; the compiled kernels are optional.
+``docs/archive.md`` describes the format byte by byte. Of fxq it needs the error's class only; :mod:`fxq.archive.fast` replaces its inner loop.
 """
 
 from __future__ import annotations
 
-import importlib
+import io
 import json
 import math
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from fxq.errors import ArchiveError
 
-FORMAT, VERSION = "fxq-archive", 1
-DTYPES = {
-    "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8", "I8": "i1", "U8": "u1", "I16": "<i2", "U16": "<u2", "I32": "<i4", "U32": "<u4", "I64": "<i8", "BOOL": "?",
-}  # fmt: skip
-"""Name of a dtype in the file -> numpy's; numpy has no bfloat16, so that comes as its bits in uint16."""
-LOW, STEPS, BLOCK = 1 << 16, 1 << 16, 1 << 16
-"""rANS: smallest state of a lane, most symbols of a lane; symbols that are decoded at a time."""
-SEGMENT, GROUP = 1 << 10, 1 << 10
-"""Huffman: entries of a segment, segments that are decoded at a time."""
-PARTS = {"dense", "symbols", "book", "scale", "zero"}
 Array = np.ndarray[Any, Any]
+FORMAT, VERSION = "fxq-archive", 1
+DTYPES = dict(F32="<f4", F16="<f2", F64="<f8", I8="i1", U8="u1", I16="<i2", U16="<u2", I32="<i4", U32="<u4", I64="<i8", BOOL="?", BF16="<u2")
+"""Names in the file -> numpy's dtypes; numpy has no bfloat16, so that comes as its bits in uint16."""
+LOW, STEPS, BLOCK, SEGMENT, GROUP = 1 << 16, 1 << 16, 1 << 16, 1 << 10, 1 << 8
+"""rANS: the smallest state, most symbols of a lane, symbols decoded at a time. Huffman: pairs of a segment, segments decoded at a time."""
+LOOP: Callable[[Array, Array, Array, int, Array, Array], int] | None = None  # a quicker form of lockstep
+DAMAGED = "The file is damaged or not written by fxq: fetch or save it again"
 
 
 @dataclass(frozen=True)
 class Record:
-    """One tensor of an archive, as its index states it (checked).
+    """One tensor as the index states it (checked). ``dtype`` and ``shape`` are the dense tensor's, ``at`` and ``bytes`` the place of its blob in the file.
 
-    ``dtype`` and ``shape`` are the dense tensor's; ``at`` and ``bytes`` say where its blob lies in ``data``. Coded records have ``entries`` table values of
-    dtype ``table``; ``bits``, ``lanes`` are rANS's, ``gap`` (bits of an index), ``items`` (gap-value pairs) are Huffman's. ``axis`` is that of scale and zero, -1: one for all.
-    ``parts``: what a graph calls pieces of this record.
+    ``dense_bytes`` are those of the dense tensor; :meth:`Archive.dense` decodes it.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    coding: str
+    coding: str  # "raw", "rans" or "huffman"
     bytes: int
-    crc32: int
-    entries: int = 0
-    table: str = ""
-    bits: int = 12
-    lanes: int = 0
-    gap: int = 0
-    items: int = 0
-    axis: int = 0
+    crc32: int  # of the blob
+    entries: int = 0  # of the table
+    table: str = ""  # dtype of the table
+    bits: int = 12  # rANS: frequencies have the sum 2^bits; Huffman: bits of an index
+    count: int = 0  # rANS: lanes; Huffman: pairs of gap and symbol
+    axis: int = 0  # of scale and zero; -1: one for all
     scale: bool = False
     zero: bool = False
-    parts: dict[str, str] = field(default_factory=dict)
     at: int = 0
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def dense_bytes(self) -> int:
-        """Bytes of the dense tensor."""
-        return self.size * np.dtype(DTYPES[self.dtype]).itemsize
-
-    @property
-    def channels(self) -> int:
-        """Length of scale and zero."""
-        return self.shape[self.axis] if self.scale and self.axis >= 0 else 1
+    dense_bytes: int = 0
 
 
-def need(true: object, fact: str, where: str | None = None, way_out: str = "The file is damaged or not written by fxq: fetch or save it again") -> None:
+def need(true: object, fact: str, where: str | None = None, way_out: str = DAMAGED) -> None:
     """Raise :class:`ArchiveError` unless ``true``."""
     if not true:
         raise ArchiveError(fact, where=where, way_out=way_out)
 
 
-def parsed(text: bytes, what: str) -> dict[str, Any]:
-    """JSON of an object; whatever is wrong with it is an :class:`ArchiveError`."""
+@contextmanager
+def inside(where: str) -> Iterator[None]:
+    """Whatever goes wrong inside is an :class:`ArchiveError` that names the place."""
     try:
-        value = json.loads(text.decode())
-    except (ValueError, RecursionError) as e:
-        raise ArchiveError(f"its {what} is no JSON: {type(e).__name__}", way_out="The file is damaged or not written by fxq: fetch or save it again") from e
-    need(type(value) is dict, f"its {what} is no JSON object")
-    return dict(value)
+        yield
+    except ArchiveError as e:
+        raise ArchiveError(e.fact, where=f"{where}: {e.where}" if e.where else where, way_out=e.way_out) from None
+    except (OSError, AttributeError, LookupError, TypeError, ValueError, RecursionError, MemoryError, zlib.error) as e:
+        raise ArchiveError(f"cannot be read: {getattr(e, 'strerror', None) or f'{type(e).__name__}: {e}'}", where=where, way_out=DAMAGED) from e
 
 
-def record(entry: Any, at: int) -> Record:
+def record(entry: dict[str, Any], at: int) -> Record:
     """Check one entry of the index by itself."""
-    need(type(entry) is dict and type(entry.get("name")) is str and entry["name"], "a record has no name")
-    where = repr(entry["name"][:200])
-    kinds = {k: v for k, v in Record.__annotations__.items() if k != "at"}
-    types = {"str": str, "int": int, "bool": bool, "tuple[int, ...]": list, "dict[str, str]": dict}
-    need(entry.keys() <= kinds.keys() and all(type(v) is types[kinds[k]] for k, v in entry.items()), "unknown fields, or fields of a wrong type", where)
-    need({"dtype", "shape", "coding", "bytes", "crc32"} <= entry.keys() and entry["dtype"] in DTYPES, "fields are missing or the dtype is unknown", where)
-    shape = entry["shape"]
-    need(len(shape) <= 32 and all(type(d) is int and d >= 0 for d in shape) and math.prod(max(d, 1) for d in shape) < 1 << 48, "an impossible shape", where)
-    r = Record(**{"table": entry["dtype"] if entry["coding"] != "raw" else "", **entry, "shape": tuple(shape), "at": at})
-    need(0 <= r.bytes < 1 << 62 and 0 <= r.crc32 < 1 << 32, "an impossible length or checksum", where)
-    need(r.parts.keys() <= PARTS and all(type(v) is str for v in r.parts.values()), "unknown parts", where)
-    need(r.coding in ("raw", "rans", "huffman"), f"unknown coding {r.coding[:40]!r}", where, "Update fxq")
-    if r.coding == "raw":
-        need(r.bytes == r.dense_bytes and not (r.scale or r.zero or r.table), "length and shape do not fit", where)
-        return r
-    need(0 < r.entries <= 1 << 15 and r.table in DTYPES, "an impossible table", where)
-    need(r.dtype == "F32" if r.scale else r.dtype == r.table and not r.zero, "table, scale and dtype do not fit", where)
-    need(-1 <= r.axis < max(len(shape), 0 if r.scale else 1), "no such axis", where)
-    if r.coding == "rans":
-        need(8 <= r.bits <= 15 and 0 <= r.lanes <= 1 << 16 and (r.lanes == 0 or r.size <= r.lanes * STEPS), "impossible lanes or bits", where)
-    else:
-        need(r.gap in (4, 5, 8) and 0 <= r.items <= r.size, "an impossible index", where)
+    where, coding, shape, raw = f"{entry['name']!r:.200}", entry["coding"], entry["shape"], entry["coding"] == "raw"
+    types = {k: {"str": str, "int": int, "bool": bool}.get(v, list) for k, v in Record.__annotations__.items() if k not in ("at", "dense_bytes")}
+    need(all(type(v) is types.get(k) for k, v in entry.items()), "it has unknown fields, or fields of a wrong type", where)
+    need(coding in ("raw", "rans", "huffman") and {entry["dtype"], entry.get("table", "F32")} <= DTYPES.keys(), "unknown coding or dtype", where, "Update fxq")
+    need(len(shape) <= 32 and all(type(d) is int and d >= 0 for d in shape) and math.prod(d or 1 for d in shape) < 1 << 48, "an impossible shape", where)
+    size, dense = math.prod(shape), math.prod(shape) * np.dtype(DTYPES[entry["dtype"]]).itemsize
+    r = Record(**{"table": "" if raw else entry["dtype"], **entry, "shape": tuple(shape), "at": at, "dense_bytes": dense})
+    need(r.dtype == "F32" and -1 <= r.axis < len(shape) if r.scale else not r.zero and (raw or r.dtype == r.table), "table, scale and dtype do not fit", where)
+    lanes = 8 <= r.bits <= 15 and 0 < r.count <= 1 << 16 and size <= r.count * STEPS if coding == "rans" else r.bits in (4, 5, 8) and 0 <= r.count <= size
+    fits = r.bytes == dense and not r.scale if raw else lanes and 0 < r.entries <= 1 << 15
+    need(fits and r.bytes >= 0, "impossible lengths", where)
     return r
 
 
 def varints(blob: Array, count: int) -> tuple[Array, int]:
-    """``count`` numbers of 7 bits a byte, low ones first, at most 3 bytes each -> (int64 numbers, bytes read)."""
+    """``count`` numbers of 7 bits a byte, low ones first, up to 3 bytes each -> (int64 numbers, bytes read)."""
     ends = np.flatnonzero(blob[: 3 * count] < 128)[:count]
-    need(len(ends) == count, "its frequencies are cut off")
-    starts = np.concatenate([[0], ends[:-1] + 1]).astype(np.int64)
-    need(np.all(ends - starts < 3), "a frequency is too long")
-    value = np.zeros(count, np.int64)
-    for k in range(3):
-        at = np.minimum(starts + k, ends)
-        value += np.where(starts + k <= ends, (blob[at] & 127).astype(np.int64) << 7 * k, 0)
-    return value, int(ends[-1]) + 1
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    need(len(ends) == count and np.all(ends - starts < 3), "its frequencies are cut off")
+    return np.sum([(blob[np.minimum(starts + k, ends)] & 127) * np.int64(1 << 7 * k) * (starts + k <= ends) for k in range(3)], axis=0), int(ends[-1]) + 1
 
 
 def rans(blob: Array, r: Record, values: Array, out: Array) -> None:
-    """Undo interleaved rANS: ``out[i] = values[symbol i]``; frequencies (varints), lane states (u32), words (u16)."""
+    """Undo interleaved rANS, ``out[i] = values[symbol i]``: frequencies (varints), lane states (u32), words (u16)."""
     freq, at = varints(blob, r.entries)
-    need(freq.sum() == 1 << r.bits, "its frequencies do not add up")
-    words, state = blob[at + 4 * r.lanes :], blob[at : at + 4 * r.lanes]
-    need(len(state) == 4 * r.lanes and len(words) % 2 == 0, "its states are cut off")
-    if not r.lanes:  # one symbol only, or nothing
-        need(len(words) == 0 and (out.size == 0 or freq.max() == 1 << r.bits), "it has no lanes")
-        out[...] = values[int(freq.argmax())]
-        return
-    x = np.frombuffer(state.tobytes(), "<u4").astype(np.uint32)
-    need(np.all(x >= LOW) and len(words) <= 2 * out.size, "states and words do not fit")
-    symbol = np.repeat(np.arange(r.entries), freq)
-    slots = freq[symbol] | (np.arange(1 << r.bits) - (np.cumsum(freq) - freq)[symbol]) << 16
-    step = kernel("rans", out.size) or (rans_few if r.lanes < 32 else rans_many)
-    used = step(words, x, slots.astype(np.uint32), r.bits, np.ascontiguousarray(values[symbol]), out)
+    x, words = np.frombuffer(blob[at : at + 4 * r.count].tobytes(), "<u4").astype(np.uint32), blob[at + 4 * r.count :]
+    fits = len(x) == r.count and len(words) % 2 == 0 and len(words) <= 2 * out.size and np.all(x >= LOW)
+    need(fits and freq.sum() == 1 << r.bits, "its frequencies, states and words do not fit")
+    symbol = np.repeat(np.arange(r.entries), freq)  # of each slot; a slot is the low bits of a state
+    slots = (freq[symbol] | (np.arange(1 << r.bits) - (np.cumsum(freq) - freq)[symbol]) << 16).astype(np.uint32)
+    used = (LOOP or lockstep)(words, x, slots, r.bits, values[symbol], out)
     need(2 * used == len(words) and np.all(x == LOW), "its words do not end where its states do")
 
 
-def rans_many(words: Array, x: Array, slots: Array, bits: int, values: Array, out: Array) -> int:
-    """All lanes in lock-step; returns the number of words read. ``slots``: frequency + (slot - first slot of the symbol) << 16."""
-    w, lanes, pos, mask, low = words.view("<u2") if words.size else words, len(x), 0, np.uint32((1 << bits) - 1), np.uint32(LOW)
-    block, g, h = np.empty((max(1, BLOCK // lanes), lanes), np.intp), np.empty(lanes, np.uint32), np.empty(lanes, np.uint32)
-    for start in range(0, out.size, block.size):
-        n = min(block.size, out.size - start)
-        for t in range(-(-n // lanes)):
-            k = min(lanes, n - t * lanes)
-            row, y, a, b = block[t, :k], x[:k], g[:k], h[:k]
-            np.bitwise_and(y, mask, out=a)
-            row[:] = a
-            np.take(slots, row, out=a, mode="clip")
-            np.right_shift(y, np.uint32(bits), out=y)
-            np.multiply(y, np.bitwise_and(a, np.uint32(0xFFFF), out=b), out=y)
-            np.add(y, np.right_shift(a, np.uint32(16), out=a), out=y)
-            low_ones = (y < low).nonzero()[0]
-            need(pos + len(low_ones) <= len(w), "its words are cut off")
-            y[low_ones] = y[low_ones] << np.uint32(16) | w[pos : pos + len(low_ones)]
-            pos += len(low_ones)
-        np.take(values, block.reshape(-1)[:n], out=out[start : start + n], mode="clip")
+def lockstep(words: Array, x: Array, slots: Array, bits: int, values: Array, out: Array) -> int:
+    """All lanes ``x`` at once; the number of words read. Of each slot: ``slots`` has its symbol's frequency + (its number within the symbol << 16)."""
+    w, lanes, pos, block = words.view("<u2"), len(x), 0, np.empty(len(x) * max(1, BLOCK // len(x)), np.intp)
+    for start in range(0, out.size, len(block)):
+        part = block[: out.size - start]
+        for row in (part[t : t + lanes] for t in range(0, len(part), lanes)):
+            x = x[: len(row)]  # the last row may be short
+            row[:] = x & ((1 << bits) - 1)
+            slot = slots.take(row)
+            x >>= bits
+            x *= slot & 0xFFFF
+            x += slot >> 16
+            low = (x < LOW).nonzero()[0]
+            need(pos + len(low) <= len(w), "its words are cut off")
+            x[low] = x[low] << 16 | w[pos : pos + len(low)]
+            pos += len(low)
+        np.take(values, part, out=out[start : start + len(part)], mode="clip")
     return pos
-
-
-def rans_few(words: Array, x: Array, slots: Array, bits: int, values: Array, out: Array) -> int:
-    """The same one symbol after the other: quicker than numpy for few lanes."""
-    w, state, table, lanes, pos, mask = words.view("<u2").tolist(), x.tolist(), slots.tolist(), len(x), 0, (1 << bits) - 1
-    for start in range(0, out.size, BLOCK - BLOCK % lanes):
-        found = []
-        for i in range(min(BLOCK - BLOCK % lanes, out.size - start)):
-            v = state[i % lanes]
-            found.append(v & mask)
-            v = (table[v & mask] & 0xFFFF) * (v >> bits) + (table[v & mask] >> 16)
-            if v < LOW:
-                need(pos < len(w), "its words are cut off")
-                v, pos = v << 16 | w[pos], pos + 1
-            state[i % lanes] = v
-        out[start : start + len(found)] = values[found]
-    x[:] = state
-    return pos
-
-
-def kernel(name: str, size: int) -> Callable[..., int] | None:
-    """The compiled form of an inner loop, where numba is installed and the tensor is worth it; ``FXQ_NUMBA=0`` switches it off."""
-    try:
-        found: Callable[..., int] | None = importlib.import_module("fxq.archive.rans_numba").kernel(name, size)
-    except ImportError:
-        return None
-    return found
 
 
 def prefix(lengths: Array) -> tuple[Array, Array, int]:
-    """Canonical code lengths -> (symbol, length) for each of the next ``m`` bits, and ``m``. Short codes come first, then small symbols."""
-    order = np.lexsort((np.arange(len(lengths)), lengths))[np.count_nonzero(lengths == 0) :]
-    need(len(order), "it has no codes")
-    m = int(lengths[order[-1]])
+    """Canonical code lengths -> what the next ``m`` bits mean (symbols, lengths), and ``m``: short codes come first, then small symbols."""
+    order, m = np.argsort(lengths, kind="stable")[np.count_nonzero(lengths == 0) :], int(lengths.max())
     width = 1 << (m - lengths[order].astype(np.int64))
-    need(width.sum() == 1 << m or len(order) == m == 1, "its code lengths do not add up")
+    need(width.sum() == 1 << m or len(order) == m <= 1, "its code lengths do not add up")
     table = np.resize(np.repeat(order, width), 1 << m).astype(np.uint16)
-    return table, lengths[table], m
+    return table, lengths[table].astype(np.uint64), m
 
 
 def huffman(blob: Array, r: Record, values: Array, out: Array) -> None:
-    """Undo Huffman with relative indices: code lengths (4 bits each; values, then gaps), bits of each segment (u16), then the codes."""
-    head, segments = (r.entries + (1 << r.gap) + 1) // 2, -(-r.items // SEGMENT)
-    need(len(blob) >= head + 2 * segments, "its code lengths are cut off")
-    lengths = np.stack([blob[:head] & 15, blob[:head] >> 4], 1).reshape(-1)
+    """Undo Huffman with relative indices: code lengths (4 bits each; values, gaps), bits of each segment (u16), then the codes, high bits first."""
+    head, segments = (r.entries + (1 << r.bits) + 1) // 2, -(-r.count // SEGMENT)
+    lengths, codes = np.stack([blob[:head] & 15, blob[:head] >> 4], 1).reshape(-1), blob[head + 2 * segments :]
+    start = np.concatenate([[0], np.frombuffer(blob[head : head + 2 * segments].tobytes(), "<u2")]).cumsum(dtype=np.int64)
+    need(len(start) == segments + 1 and len(codes) == -(-int(start[-1]) // 8), "its codes do not fill its segments")
     out[...] = values[0]
-    codes = blob[head + 2 * segments :]
-    start = np.concatenate([[0], np.cumsum(np.frombuffer(blob[head : head + 2 * segments].tobytes(), "<u2"), dtype=np.int64)])
-    need(len(codes) == -(-int(start[-1]) // 8), "its codes do not fill its segments")
-    if not r.items:
-        return
-    value, gap = prefix(lengths[: r.entries]), prefix(lengths[r.entries : r.entries + (1 << r.gap)])
-    padded = np.concatenate([codes, np.zeros(8, np.uint8)])
-    window, last = np.ndarray((len(codes) + 1,), ">u8", padded, strides=(1,)), -1
+    tables, last = (prefix(lengths[r.entries : r.entries + (1 << r.bits)]), prefix(lengths[: r.entries])), -1
+    window = np.ndarray((len(codes) + 1,), ">u8", np.concatenate([codes, np.zeros(8, np.uint8)]), strides=(1,))  # 64 bits from each byte on
     for first in range(0, segments, GROUP):
-        ends = start[first + 1 : first + GROUP + 1]
-        count = min(len(ends) * SEGMENT, r.items - first * SEGMENT)
-        pairs = segment_group(window, start[first : first + len(ends)].copy(), ends, count, gap, value)
-        where = np.cumsum(pairs[0][:count], dtype=np.int64) + (np.arange(1, count + 1) + last)
+        p, count = start[first : min(first + GROUP, segments)].copy(), min(GROUP * SEGMENT, r.count - first * SEGMENT)
+        found = np.zeros((2, len(p), SEGMENT), np.uint16)
+        for t in range(min(count, SEGMENT)):  # a pair of every segment; only the last segment may be short
+            k = len(p) - (len(p) * SEGMENT - count >= SEGMENT - t)
+            v = window[np.minimum(p[:k] >> 3, len(window) - 1)].astype(np.uint64) << (p[:k] & 7).astype(np.uint64)
+            for (symbol, length, m), column in zip(tables, found, strict=True):
+                i = (v >> np.uint64(64 - m)).astype(np.intp)
+                column[:k, t] = symbol[i]
+                v <<= length[i]
+                p[:k] += length[i].astype(np.int64)
+        need(np.array_equal(p, start[first + 1 : first + 1 + len(p)]), "a segment does not end where it should")
+        where = found[0].reshape(-1)[:count].cumsum(dtype=np.int64) + np.arange(last + 1, last + 1 + count)
         last = int(where[-1])
-        need(last < out.size, "its indices leave the tensor")
-        out[where] = values[pairs[1][:count]]
-
-
-def segment_group(window: Array, p: Array, ends: Array, count: int, gap: tuple[Array, Array, int], value: tuple[Array, Array, int]) -> list[Array]:
-    """Some segments in lock-step: the gaps and the symbols of ``count`` pairs. ``window``: 64 bits from each byte on; ``p``: first bit of each segment."""
-    found = [np.zeros((len(p), SEGMENT), np.uint16) for _ in range(2)]
-    for t in range(min(count, SEGMENT)):
-        k = len(p) - (len(p) * SEGMENT - count > SEGMENT - 1 - t)
-        v = window[np.minimum(p[:k] >> 3, len(window) - 1)].astype(np.uint64) << (p[:k] & 7).astype(np.uint64)
-        for (symbol, length, m), column in zip((gap, value), found, strict=True):
-            i = (v >> np.uint64(64 - m)).astype(np.intp)
-            column[:k, t], used = symbol[i], length[i]
-            v <<= used.astype(np.uint64)
-            p[:k] += used
-    need(np.array_equal(p, ends), "a segment does not end where it should")
-    return [f.reshape(-1) for f in found]
+        out[where] = values[found[1].reshape(-1)[:count]]  # numpy raises when an index leaves the tensor
 
 
 class Archive:
-    """An open archive: what is inside is known and checked, tensors are decoded one at a time when asked for.
+    """An open archive: what is inside is known and checked; tensors are decoded one at a time, when asked for.
 
     Args:
         source: path of a file, or its bytes.
         max_bytes: most bytes of all dense tensors together; by default 64 MiB and 1024 times the file.
 
     Attributes:
-        version: of fxq that wrote the file. graph: what the writer gave as graph, or None. records: all tensors. size: bytes of the file.
+        version: of the fxq that wrote it. graph: as given to the writer, or None. records, by_name: all tensors. size: bytes of the file. where: for messages.
 
     Raises:
-        ArchiveError: for everything that is wrong with the file.
+        ArchiveError: here and in all methods, for everything that is wrong with the file.
     """
 
     def __init__(self, source: str | os.PathLike[str] | bytes, *, max_bytes: int | None = None) -> None:
         self.where = "archive" if isinstance(source, bytes) else os.fspath(source)
-        self._bytes = memoryview(source) if isinstance(source, bytes) else None
-        self._file: BinaryIO | None = None
-        try:
-            if not isinstance(source, bytes):
-                self._file = open(source, "rb")  # noqa: SIM115
-            self.size = len(source) if isinstance(source, bytes) else os.fstat(self._file.fileno()).st_size if self._file else 0
-            self._open(max_bytes)
-        except OSError as e:
-            raise ArchiveError(f"cannot be read: {e.strerror or e}", where=self.where, way_out="Check the path") from e
-        except ArchiveError as e:
-            self.close()
-            raise ArchiveError(e.fact, where=f"{self.where}: {e.where}" if e.where else self.where, way_out=e.way_out) from None
+        with inside(self.where):
+            self._file: BinaryIO = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")  # noqa: SIM115
+            try:
+                self.size = self._file.seek(0, os.SEEK_END)
+                self._open(1024 * self.size + (64 << 20) if max_bytes is None else max_bytes)
+            except BaseException:
+                self.close()
+                raise
 
-    def _open(self, max_bytes: int | None) -> None:
+    def _open(self, max_bytes: int) -> None:
         length = int.from_bytes(self._read(0, 8), "little")
-        need(length <= min(self.size - 8, 1 << 16), "its header is longer than the file, or it is no archive")
-        header = parsed(self._read(8, length), "header")
-        meta = header.get("__metadata__")
-        need(type(meta) is dict and meta.get("format") == FORMAT, "is no archive of fxq", way_out="Take files that fxq wrote as archives")
-        need(meta.get("version") == str(VERSION), f"has version {str(meta.get('version'))[:20]}, this fxq reads {VERSION}", way_out="Update fxq")
-        need(header.keys() == {"__metadata__", "index", "data"} and all(type(header[k]) is dict for k in ("index", "data")), "its header lists other tensors")
-        end = self.size - 8 - length
-        cut = header["index"].get("shape", [None])
-        need(type(cut) is list and len(cut) == 1 and type(cut[0]) is int and 0 < cut[0] <= end, "its index is cut off")
-        n = cut[0]
-        need(header["index"] == {"dtype": "U8", "shape": [n], "data_offsets": [0, n]}, "its header is damaged")
-        need(header["data"] == {"dtype": "U8", "shape": [end - n], "data_offsets": [n, end]}, "its header and its size do not fit")
-        packed = self._read(8 + length, n)
+        need(length <= min(self.size - 8, 1 << 16), "is no archive of fxq", way_out="Take files that fxq wrote as archives")
+        header, at, end = json.loads(self._read(8, length)), 8 + length, self.size - 8 - length
+        meta = header.get("__metadata__", {})
+        need(meta.get("format") == FORMAT, "is no archive of fxq", way_out="Take files that fxq wrote as archives")
+        need(meta.get("version") == str(VERSION), f"has version {meta.get('version')!r:.20}, this fxq reads {VERSION}", way_out="Update fxq")
+        n = header["index"]["shape"][0]
+        cut = {k: {"dtype": "U8", "shape": [b - a], "data_offsets": [a, b]} for k, a, b in (("index", 0, n), ("data", n, end))}
+        need(type(n) is int and 0 < n <= end and header == {"__metadata__": meta, **cut}, "its header and its size do not fit")
+        packed, unpack = self._read(at, n), zlib.decompressobj()
         need(meta.get("index") == str(zlib.crc32(packed)), "the checksum of its index is wrong")
-        self._index(packed, 8 + length + n, (1024 * self.size + (64 << 20)) if max_bytes is None else max_bytes)
-
-    def _index(self, packed: bytes, at: int, max_bytes: int) -> None:
-        unpack = zlib.decompressobj()
-        try:
-            text = unpack.decompress(packed, index_limit(len(packed)))
-        except zlib.error as e:
-            raise ArchiveError("its index cannot be unpacked", way_out="The file is damaged: fetch or save it again") from e
-        need(unpack.eof and not unpack.unused_data, "its index is too long or cut off")
-        index = parsed(text, "index")
-        need(index.keys() == {"fxq", "graph", "records"} and type(index["fxq"]) is str and type(index["graph"]) in (dict, type(None)), "its index is no index")
-        need(type(index["records"]) is list and len(index["records"]) <= 1 << 16, "its index has no records, or too many")
-        self.version, self.graph, total, records = index["fxq"], index["graph"], 0, []
+        index, at, total = json.loads(unpack.decompress(packed, min(64 << 20, 100 * n + (1 << 20)))), at + n, 0
+        self.version, self.graph, self.by_name = str(index["fxq"]), index["graph"], dict[str, Record]()
+        fits = unpack.eof and not unpack.unused_data and type(self.graph) in (dict, type(None)) and len(index) == 3
+        need(fits and type(index["records"]) is list and len(index["records"]) <= 1 << 16, "its index is no index, or too long")
         for entry in index["records"]:
-            records.append(record(entry, at))
-            at, total = at + records[-1].bytes, total + records[-1].dense_bytes
-            need(at <= self.size, "the file ends before its tensors", repr(records[-1].name))
-            fact = f"its tensors need more than {max_bytes:,} bytes when decoded"
-            need(total <= max_bytes, fact, way_out="Pass max_bytes= if you trust the file")
-        need(at == self.size, "the file goes on behind its tensors")
-        self.records: tuple[Record, ...] = tuple(records)
-        self.by_name = {r.name: r for r in self.records}
-        need(len(self.by_name) == len(self.records), "two of its tensors have the same name")
+            r = record(entry, at)
+            need(r.name and r.name not in self.by_name, "the name is empty or occurs twice", repr(r.name))
+            self.by_name[r.name], at, total = r, at + r.bytes, total + r.dense_bytes
+            need(total <= max_bytes, f"its tensors need more than {max_bytes:,} bytes when decoded", way_out="Pass max_bytes= if you trust the file")
+        need(at == self.size, "its tensors and its size do not fit")
+        self.records = tuple(self.by_name.values())
 
     def _read(self, at: int, count: int) -> bytes:
-        if self._bytes is not None:
-            found = bytes(self._bytes[at : at + count])
-        else:
-            need(self._file is not None, "is closed", way_out="Open it again")
-            assert self._file is not None
-            self._file.seek(at)
-            found = self._file.read(count)
+        self._file.seek(at)
+        found = self._file.read(count)
         need(len(found) == count, "the file is cut off")
         return found
 
-    def close(self) -> None:
+    def close(self, *_: object) -> None:
         """Close the file; arrays that were decoded stay valid."""
-        if self._file is not None:
-            self._file.close()
-        self._file = self._bytes = None
+        self._file.close()
 
     def __enter__(self) -> Archive:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    __exit__ = close
 
-    def __iter__(self) -> Iterator[Record]:
-        return iter(self.records)
-
-    def _blob(self, r: Record) -> Array:
-        blob = self._read(r.at, r.bytes)
-        need(zlib.crc32(blob) == r.crc32, "the checksum is wrong", repr(r.name))
-        return np.frombuffer(blob, np.uint8)
-
-    def _head(self, r: Record) -> tuple[Array, Array | None, Array | None, Array]:
-        """Table, scale, zero and the rest of a coded record's blob."""
-        need(r.coding != "raw", "is stored raw: it has no symbols", repr(r.name), "Ask for its dense values")
-        blob, found = self._blob(r), []
-        for there, dtype, count in ((True, DTYPES[r.table], r.entries), (r.scale, "<f4", r.channels), (r.zero, "<i4", r.channels)):
-            cut = np.dtype(dtype).itemsize * count * there
-            need(len(blob) >= cut, "its table is cut off", repr(r.name))
-            found.append(np.frombuffer(blob[:cut].tobytes(), dtype) if there else None)
-            blob = blob[cut:]
-        table, scale, zero = found
-        assert table is not None
-        return table, scale, zero, blob
-
-    def _fill(self, r: Record, rest: Array, values: Array) -> Array:
-        out = np.empty(r.size, values.dtype)
-        try:
-            (rans if r.coding == "rans" else huffman)(rest, r, values, out)
-        except ArchiveError as e:
-            raise ArchiveError(e.fact, where=f"{self.where}: {r.name!r}", way_out=e.way_out) from None
-        return out.reshape(r.shape)
+    def _get(self, r: Record, what: str) -> Array:
+        with inside(f"{self.where}: {r.name!r}"), np.errstate(all="ignore"):
+            data = self._read(r.at, r.bytes)
+            need(zlib.crc32(data) == r.crc32, "the checksum is wrong")
+            blob: Array = np.frombuffer(data, np.uint8)
+            if r.coding == "raw":
+                need(what == "dense", "is stored raw: it has neither table nor symbols", way_out="Ask for its dense values")
+                need(r.dtype != "BOOL" or not np.any(blob > 1), "a truth value is neither 0 nor 1")
+                return np.array(blob.view(DTYPES[r.dtype]).reshape(r.shape))
+            cuts, channels = dict[str, Array](), r.shape[r.axis] if r.scale and r.axis >= 0 else 1
+            for name, dtype, n in (("table", DTYPES[r.table], r.entries), ("scale", "<f4", channels * r.scale), ("zero", "<i4", channels * r.zero)):
+                n *= np.dtype(dtype).itemsize
+                need(len(blob) >= n, "its table is cut off")
+                cuts[name], blob = np.frombuffer(blob[:n].tobytes(), dtype), blob[n:]
+            if what in cuts:
+                return cuts[what]
+            symbols, table = np.arange(r.entries, dtype=np.uint8 if r.entries <= 256 else np.uint16), cuts["table"]
+            values = symbols if what == "symbols" else table.astype(np.float32) if r.scale else table
+            out, along = np.empty(r.shape, values.dtype), [-1 if i == r.axis else 1 for i in range(len(r.shape))]
+            (rans if r.coding == "rans" else huffman)(blob, r, values, out.reshape(-1))
+            for name, there, operation in (("zero", r.zero, np.subtract), ("scale", r.scale, np.multiply)):
+                if there and what == "dense":
+                    operation(out, cuts[name].astype(np.float32).reshape(along), out=out)
+            return out
 
     def table(self, r: Record) -> Array:
-        """The values of the symbols [entries], dtype ``r.table``."""
-        return self._head(r)[0]
+        """The values of the symbols of a coded record [entries], dtype ``r.table``."""
+        return self._get(r, "table")
 
     def scale(self, r: Record) -> Array | None:
         """float32 [channels], or None."""
-        return self._head(r)[1]
+        return self._get(r, "scale") if r.scale else None
 
     def zero(self, r: Record) -> Array | None:
         """int32 [channels], or None."""
-        return self._head(r)[2]
+        return self._get(r, "zero") if r.zero else None
 
     def symbols(self, r: Record) -> Array:
         """Symbols of a coded record, uint8 (up to 256 entries) or uint16, in the tensor's shape."""
-        rest = self._head(r)[3]
-        return self._fill(r, rest, np.arange(r.entries, dtype=np.uint8 if r.entries <= 256 else np.uint16))
+        return self._get(r, "symbols")
 
     def dense(self, r: Record) -> Array:
-        """The tensor; bfloat16 comes as its bits in uint16. With a scale: ``(table[symbol] - zero) * scale`` in float32, in this order."""
-        if r.coding == "raw":
-            return self._blob(r).view(DTYPES[r.dtype]).reshape(r.shape).copy()
-        table, scale, zero, rest = self._head(r)
-        out = self._fill(r, rest, table if scale is None else table.astype(np.float32))
-        shape = [1] * len(r.shape)
-        if r.axis >= 0 and scale is not None:
-            shape[r.axis] = -1
-        if zero is not None:
-            np.subtract(out, zero.astype(np.float32).reshape(shape), out=out)
-        if scale is not None:
-            np.multiply(out, scale.reshape(shape), out=out)
-        return out
-
-
-def index_limit(packed: int) -> int:
-    """Most bytes that an index of ``packed`` bytes may have when unpacked."""
-    return min(64 << 20, 100 * packed + (1 << 20))
+        """The tensor; bfloat16 as its bits in uint16. With a scale it is ``(table[symbol] - zero) * scale``, in float32 and in this order."""
+        return self._get(r, "dense")

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from fxq.archive import huffman, rans
-from fxq.archive.decoder import DTYPES, FORMAT, PARTS, VERSION, index_limit
+from fxq.archive.decoder import DTYPES, FORMAT, VERSION
 from fxq.errors import ArchiveError
 
 Array = np.ndarray[Any, Any]
 CODINGS = ("auto", "rans", "huffman", "raw")
 MOST, CHUNK, SAMPLE = 1 << 15, 1 << 20, 1 << 16
+LONGEST_INDEX, MOST_RECORDS = 64 << 20, 1 << 16
 """Entries of a table; elements that are looked at together; elements that show whether a tensor has few distinct values."""
 NAMES = {np.dtype(v): k for k, v in DTYPES.items() if k != "BF16"}
 
@@ -28,7 +29,7 @@ class Factored:
     Attributes:
         symbols: uint8 or uint16, the shape of the tensor. table: [K] values of the symbols, K up to 2^15. dtype: of the dense tensor; float32 with a scale, else the table's.
         scale: float32 [C], the dense value is ``(table[symbol] - zero) * scale``; C is the length of ``axis``, or 1. zero: int32 [C], only with a scale.
-        parts: what a graph calls "dense", "symbols", "book" (the table without entry 0), "scale", "zero". role: for reports, not stored.
+        role: for reports, not stored.
     """
 
     name: str
@@ -38,7 +39,6 @@ class Factored:
     scale: Array | None = None
     zero: Array | None = None
     axis: int = 0
-    parts: dict[str, str] = field(default_factory=dict)
     role: str = ""
 
 
@@ -48,7 +48,6 @@ class Plain:
 
     name: str
     array: Array
-    parts: dict[str, str] = field(default_factory=dict)
     dtype: str | None = None
     role: str = ""
 
@@ -118,12 +117,9 @@ def write(items: Iterable[Factored | Plain], graph: dict[str, Any] | None = None
         if item.name in names or not item.name:
             raise ArchiveError(f"two tensors are called {item.name!r}" if item.name else "a tensor has no name", way_out="Give every tensor a name of its own")
         names.add(item.name)
-        if set(item.parts) - PARTS:
-            raise ArchiveError(f"unknown parts {sorted(set(item.parts) - PARTS)}", where=repr(item.name), way_out=f"Use {', '.join(sorted(PARTS))}")
         made = _factored(item, coding) if isinstance(item, Factored) else _plain(item, coding)
         blob = made.blob()
-        entry = {"name": item.name, **made.record, "bytes": len(blob), "crc32": zlib.crc32(blob)}
-        records.append({**entry, **({"parts": dict(item.parts)} if item.parts else {})})
+        records.append({"name": item.name, **made.record, "bytes": len(blob), "crc32": zlib.crc32(blob)})
         blobs.append(blob)
         stats.append(made.stat(item.name, item.role))
     file, overhead = _container(records, blobs, graph, version)
@@ -165,8 +161,10 @@ def histogram(symbols: Array, entries: int) -> Array:
 
 
 def _factored(item: Factored, coding: str) -> _Made:
-    """Look first, then code. A tensor whose symbols have a name in the graph is never stored raw."""
+    """Look first, then code; never raw, because what is asked for later are symbols and table."""
     where, shape, k = repr(item.name), item.symbols.shape, len(item.table)
+    if coding == "raw":
+        raise ArchiveError("symbols and a table cannot be stored raw", where=where, way_out="Use another coding, or give the dense values")
     table = NAMES.get(item.table.dtype.newbyteorder("=")) if item.dtype != "BF16" or item.table.dtype != np.uint16 else "BF16"
     if item.symbols.dtype not in (np.uint8, np.uint16) or item.table.ndim != 1 or not 0 < k <= MOST or table is None:
         raise ArchiveError("its symbols or its table have a dtype or a length that archives do not hold", where=where, way_out=f"Use uint8 or uint16, up to {MOST} entries")
@@ -180,19 +178,8 @@ def _factored(item: Factored, coding: str) -> _Made:
     head: dict[str, Any] = {"dtype": item.dtype, "shape": list(shape), "entries": k}
     head |= {key: value for key, value, usual in (("table", table, item.dtype), ("axis", axis, 0), ("scale", scale is not None, False), ("zero", zero is not None, False)) if value != usual}
     tables = b"".join(np.ascontiguousarray(a, a.dtype.newbyteorder("<")).tobytes() for a in (item.table, scale, zero) if a is not None)
-    dense = item.symbols.size * np.dtype(DTYPES[item.dtype]).itemsize
-    made = _coded(item.symbols, counts, tables, head, coding if coding != "raw" else "auto", dense)
-    made.kept = item.symbols.size - int(counts[0])
-    if set(item.parts) <= {"dense"} and coding in ("auto", "raw") and (coding == "raw" or len(made.blob()) >= dense):
-        values = item.table if scale is None else item.table.astype(np.float32)
-        out = values[item.symbols]
-        if scale is not None:
-            along = [1] * len(shape)
-            if axis >= 0:
-                along[axis] = -1
-            out = out if zero is None else np.subtract(out, zero.astype(np.float32).reshape(along), out=out)
-            out = np.multiply(out, scale.reshape(along), out=out)
-        return _raw(out, item.dtype, made.kept)
+    made = _coded(item.symbols, counts, tables, head, coding, item.symbols.size * np.dtype(DTYPES[item.dtype]).itemsize)
+    made.kept = int(counts[item.table != 0].sum())
     return made
 
 
@@ -221,15 +208,13 @@ def _coded(symbols: Array, counts: Array, tables: bytes, head: dict[str, Any], c
     payload = rans.coded_bits(counts, freq, bits) / 8
     lanes = rans.lanes_for(flat.size, payload)
     if planned is not None and (coding == "huffman" or planned.size < size + 2 * lanes):
-        made.record = {**head, "coding": "huffman", "gap": planned.bits, "items": planned.items}
+        made.record = {**head, "coding": "huffman", "bits": planned.bits, "count": planned.items}
         lengths, made.states, made.payload = huffman.encode(flat, planned)
         made.tables = tables + lengths
         return made
-    made.record = {**head, "coding": "rans", "bits": bits, "lanes": lanes}
-    made.tables = tables + rans.varints(freq)
-    if lanes:
-        words, state = rans.encode(flat, freq, lanes, bits)
-        made.states, made.payload = state.astype("<u4").tobytes(), words.astype("<u2").tobytes()
+    made.record = {**head, "coding": "rans", "bits": bits, "count": lanes}
+    words, state = rans.encode(flat, freq, lanes, bits)
+    made.tables, made.states, made.payload = tables + rans.varints(freq), state.astype("<u4").tobytes(), words.astype("<u2").tobytes()
     return made
 
 
@@ -287,9 +272,9 @@ def _container(records: list[dict[str, Any]], blobs: list[bytes], graph: dict[st
     except (TypeError, ValueError, RecursionError) as e:
         raise ArchiveError(f"the graph is no JSON: {e}", way_out="Give dicts, lists, strings, finite numbers") from e
     packed = zlib.compress(text, 9)
-    if len(text) > index_limit(len(packed)):
+    if len(text) > 100 * len(packed):  # what a reader may take for a bomb
         packed = zlib.compress(text, 0)
-    if len(text) > index_limit(len(packed)):
+    if len(text) > LONGEST_INDEX or len(records) > MOST_RECORDS:
         raise ArchiveError(f"an index of {len(text):,} bytes is too long", way_out="Save fewer tensors in one archive")
     n, m = len(packed), sum(map(len, blobs))
     header = json.dumps({

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fxq.archive.decoder import BLOCK, LOW, STEPS, kernel
+from fxq.archive.decoder import BLOCK, LOW, STEPS
 
 Array = np.ndarray[Any, Any]
 PRECISIONS = (8, 9, 10, 11, 12, 13, 14, 15)
@@ -89,11 +89,9 @@ def choose(counts: Array) -> tuple[Array, int, float]:
 
 
 def lanes_for(size: int, payload: float) -> int:
-    """Lanes for ``size`` symbols in ``payload`` bytes: a lane costs 2 bytes on top, here 0.4 %; none where there is nothing to say."""
-    if payload <= 0:
-        return 0
+    """Lanes for ``size`` symbols in ``payload`` bytes: a lane costs 2 bytes on top, here 0.4 %; at most 2^16 symbols a lane."""
     lanes = 1 << max(0, round(math.log2(max(1.0, payload / 512))))
-    return max(min(1 << 14, size, lanes), -(-size // STEPS))
+    return max(1, min(1 << 14, size, lanes), -(-size // STEPS))
 
 
 def encode(symbols: Array, freq: Array, lanes: int, bits: int) -> tuple[Array, Array]:
@@ -102,10 +100,6 @@ def encode(symbols: Array, freq: Array, lanes: int, bits: int) -> tuple[Array, A
     Memory: the words and a few blocks of 2^16 symbols.
     """
     s = np.ascontiguousarray(symbols).reshape(-1)
-    fast = kernel("encode", s.size)
-    if fast is not None:
-        found: tuple[Array, Array] = fast(s, freq, lanes, bits)  # type: ignore[assignment]
-        return found
     f = np.maximum(freq, 1).astype(np.float64)
     tables = 1 / f, (1 << bits) - f, (np.cumsum(freq) - freq).astype(np.float64), f * 2.0 ** (32 - bits)
     x, words = np.full(lanes, float(LOW)), [np.empty(0, np.uint16)]
