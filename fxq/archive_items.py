@@ -45,6 +45,7 @@ class Plan:
 
     Attributes:
         head: JSON of scheme, target, graph and small tensors.
+        codes: records of integer codes, which stand for float32 weights.
         sources: record -> what makes it: a tensor, a layer with a shared weight, or a quantized layer.
 
     A record of a layer's tensor has the user's name of it; one that begins with ``@`` is of a grid. ``weights`` of the head leads from names of tensors that
@@ -53,15 +54,20 @@ class Plan:
 
     head: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, Tensor | SharedWeight | Quantized] = field(default_factory=dict)
+    codes: set[str] = field(default_factory=set)
 
     def items(self) -> Iterator[Factored | Plain]:
         """The records, made one by one."""
         for name, source in self.sources.items():
-            yield plain(name, source) if isinstance(source, Tensor) else _shared(name, source) if isinstance(source, SharedWeight) else _quantized(name, source)
+            role = "codes" if name in self.codes else ""
+            if isinstance(source, Tensor):
+                yield plain(name, source, role)
+            else:
+                yield _shared(name, source) if isinstance(source, SharedWeight) else _quantized(name, source)
 
 
-def plain(name: str, t: Tensor) -> Plain:
-    """A tensor as it is; bfloat16 as its bits.
+def plain(name: str, t: Tensor, role: str = "") -> Plain:
+    """A tensor as it is; bfloat16 as its bits. ``role`` is for reports.
 
     Raises:
         LoweringError: for a type that no archive holds.
@@ -69,7 +75,7 @@ def plain(name: str, t: Tensor) -> Plain:
     if t.dtype not in DTYPES or t.layout != torch.strided:
         raise LoweringError(f"an archive holds no tensor of type {t.dtype}, {t.layout}", where=name, way_out="Convert it to float32 or an integer type")
     flat = t.detach().cpu().contiguous()
-    return Plain(name, (flat.view(torch.uint16) if t.dtype == torch.bfloat16 else flat).numpy(), dtype=DTYPES[t.dtype])
+    return Plain(name, (flat.view(torch.uint16) if t.dtype == torch.bfloat16 else flat).numpy(), dtype=DTYPES[t.dtype], role=role)
 
 
 def plan(gm: GraphModule, scheme: Scheme, target: Target, factored: bool = True) -> Plan:
@@ -162,8 +168,8 @@ class _Planner:
 
     def _place_own(self, name: str, t: Tensor) -> None:
         """A tensor of a layer, which may be another's as well."""
-        ref = self.refs.setdefault(self.w.key(t), "")
-        if not ref:
+        ref = self.refs.get(self.w.key(t))
+        if ref is None:
             ref = self.refs[self.w.key(t)] = self._record(name, t)
         if ref != f"/{name}":
             self.weights[name] = ref
@@ -192,6 +198,7 @@ class _Planner:
         base = self.bases[path]
         if qp.spec.block is not None:
             codes, scale = self._record(f"@{base}.weight", q.weight_codes()), self._record(f"@{base}.scale", qp.scale)
+            self.out.codes.add(str(codes)[1:])
             zero = self._record(f"@{base}.zero", qp.zero_point) if bool((qp.zero_point != 0).any()) else None
             self.refs[key] = self.weights[f"{base}.weight"] = self._entry({"blocks": [codes, scale, zero, str(qp.spec)]})
             self.refs[self.w.key(qp.scale)] = scale

@@ -48,16 +48,17 @@ class Row:
 
 
 def row(s: Stat) -> Row:
-    """The stages of one tensor."""
-    item = s.dense // max(s.symbols, 1)
+    """The stages of one tensor. The role ``codes`` is that of integers that stand for float32 weights."""
+    item = 4 if s.role == "codes" else s.dense // max(s.symbols, 1)
+    dense = item * s.symbols
     index = 0 if s.kept == s.symbols else INDEX_BITS.get(s.role, OTHER_INDEX_BITS)
-    pruned = min(s.dense, -(-s.kept * (8 * item + index) // 8))
+    pruned = min(dense, -(-s.kept * (8 * item + index) // 8))
     shared = pruned
     if s.coding != "raw":
         other = s.entries - (1 if s.kept < s.symbols else 0)
         bits = max(1, (max(other, 1) - 1).bit_length())
         shared = min(pruned, -(-s.kept * (bits + index) // 8) + s.tables)
-    return Row(s.name, s.coding, s.symbols, s.kept, s.dense, pruned, shared, s.payload, s.tables + s.states, s.entropy_bits / 8)
+    return Row(s.name, s.coding, s.symbols, s.kept, dense, pruned, shared, s.payload, s.tables + s.states, s.entropy_bits / 8)
 
 
 @dataclass(frozen=True)
@@ -127,9 +128,9 @@ def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 2) -
     return [lines[0], "-" * sum(widths, 2 * (len(head) - 1)), *lines[1:]]
 
 
-def report(stats: Sequence[Stat], overhead: Overhead, encode_mb_s: float | None = None) -> ArchiveReport:
+def report(stats: Sequence[Stat], overhead: Overhead) -> ArchiveReport:
     """The report of what :func:`fxq.archive.encoder.write` wrote."""
-    return ArchiveReport(tuple(map(row, stats)), overhead.index, overhead.header, encode_mb_s)
+    return ArchiveReport(tuple(map(row, stats)), overhead.index, overhead.header)
 
 
 @dataclass(frozen=True)

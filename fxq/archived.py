@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fxq import graph_json, numerics, targets
+from fxq import graph_json_rules as rules
 from fxq.archive import encoder
 from fxq.archive.decoder import Archive, Record
 from fxq.archive_items import DTYPES, PARTS, Plan, plain, plan
@@ -70,10 +71,11 @@ def load(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> Compi
             raise ArchiveError("it holds plain tensors, no model", way_out="Read them with fxq.load_state_dict")
         if head["kind"] not in KINDS:
             raise ArchiveError(f"it holds a model of the unknown kind {str(head['kind'])[:40]!r}", way_out="Update fxq")
+        rules.check_size(head)
         store = _Store(archive, head, max_bytes)
         gm = _Reader(store).graph(full(head["graph"]))
         gm.eval()
-        scheme = Scheme(**{k: graph_json.Reader({}).value(v) for k, v in head["scheme"].items()})
+        scheme: Scheme = rules.fitting(Scheme, {k: graph_json.Reader({}).value(v) for k, v in head["scheme"].items()})
         captured = Captured(gm, "archive", (), nn.Module())
         return KINDS[head["kind"]](gm, captured, History([take(gm, "load")]), scheme, targets.get(head["target"]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -60,7 +61,8 @@ class ArchiveBackend(Lowering):
         start = time.perf_counter()
         made = plan(gm, scheme, target, self.coding != "raw")
         data, stats, overhead = encoder.write(made.items(), made.head, coding=self.coding)
-        dense = sum(s.dense for s in stats)
-        found = archive_report.report(stats, overhead, dense / 1e6 / (time.perf_counter() - start))
-        info: dict[str, Any] = {"archive": found.to_json(), "table": str(found), "bytes": {"total": len(data), "dense": dense, "index": overhead.index}}
+        seconds = time.perf_counter() - start
+        found = archive_report.report(stats, overhead)
+        found = replace(found, encode_mb_s=found.dense / 1e6 / seconds)
+        info: dict[str, Any] = {"archive": found.to_json(), "table": str(found), "bytes": {"total": len(data), "dense": found.dense, "index": overhead.index}}
         return Artifact(self.name, data, info)
