@@ -26,7 +26,7 @@ EXACT_DB, EXACT_FLOAT32_DB = 115.0, 75.0
 ROUNDS = 12
 """So many faults of one pass that hide each other are told apart; more are found when those are mended."""
 
-ON_PURPOSE = ("prune-channels", "replace-activations", "narrow-inputs")
+ON_PURPOSE = ("prune-channels", "prune-weights", "replace-activations", "narrow-inputs")
 """Passes before ``convert`` that move numbers on purpose."""
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from onnx import TensorProto
+from onnx import ModelProto, TensorProto
 
+from fxq.exposed import constant
 from fxq.lint import Source, lint, load, load_whole
 from fxq.lint_trt_graph import Graph, Node, inlined, read
 from fxq.lint_whole import named
@@ -110,7 +111,7 @@ def check(model: Source) -> PairReport:
     for node, activation, weight in _products(graph, integer):
         if weight in graph.maker and not graph.constant(weight) or graph.dtype(weight) == TensorProto.UINT8:
             continue
-        codes = graph.value(weight)
+        codes = _codes(graph, proto, weight)
         if codes is None or graph.dtype(weight) not in SIGNED:
             unread.append(node.name)
             continue
@@ -118,6 +119,17 @@ def check(model: Source) -> PairReport:
         safe += found is None
         findings += [] if found is None else [found]
     return PairReport(tuple(findings), safe, tuple(unread))
+
+
+def _codes(graph: Graph, proto: ModelProto, weight: str) -> Array | None:
+    """The codes of a weight; packed ones are expanded by ONNX Runtime."""
+    codes = graph.value(weight)
+    if codes is None and weight in graph.maker:
+        try:
+            return constant(proto, weight)
+        except Exception:  # of a file that the runtime refuses
+            return None
+    return codes
 
 
 def _products(graph: Graph, integer: set[str]) -> Iterator[tuple[Node, str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -154,7 +155,7 @@ def shared(op: nn.Module, codes: Tensor, book: Tensor, rows: Tensor | None = Non
     if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) <= len(book):
         raise ValueError(f"a code is outside [0, {len(book)}]")
     out: Any = cls.__new__(cls)
-    out.__dict__.update({k: (dict(v) if isinstance(v, dict) else v) for k, v in op.__dict__.items()})
+    out.__dict__.update({k: (copy.copy(v) if isinstance(v, (dict, set)) else v) for k, v in op.__dict__.items()})
     del out._parameters["weight"]
     out.axis = axis
     out.register_parameter("book", nn.Parameter(book.detach().to(torch.float32).clone()))
@@ -171,7 +172,7 @@ def plain(layer: SharedWeight) -> nn.Module:
     """The layer with an ordinary weight (a new parameter) of the same values."""
     cls = next(k for k, v in SHARED.items() if v is type(layer))
     out: Any = cls.__new__(cls)
-    out.__dict__.update({k: (dict(v) if isinstance(v, dict) else v) for k, v in layer.__dict__.items()})
+    out.__dict__.update({k: (copy.copy(v) if isinstance(v, (dict, set)) else v) for k, v in layer.__dict__.items()})
     for name in ("book", "codes", "rows"):
         out._parameters.pop(name, None)
         out._buffers.pop(name, None)
@@ -189,7 +190,7 @@ def rebuilt(layer: SharedWeight, book: Tensor | None, rows: Tensor | None, bias:
         book: float ``[K]``. rows: float ``[C]``. bias: float ``[channels]``.
     """
     out: Any = type(layer).__new__(type(layer))
-    out.__dict__.update({k: (dict(v) if isinstance(v, dict) else v) for k, v in layer.__dict__.items()})
+    out.__dict__.update({k: (copy.copy(v) if isinstance(v, (dict, set)) else v) for k, v in layer.__dict__.items()})
     if book is not None:
         out._parameters["book"] = nn.Parameter(book.detach().to(torch.float32).clone())
     out._parameters.pop("rows", None)

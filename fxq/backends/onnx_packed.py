@@ -10,20 +10,26 @@ Elements are bytes (``UINT8``) or half bytes (``UINT4``): both hold the same raw
 Measured against the alternatives on a weight of 512x512x3x3, loaded by ONNX Runtime 1.31 on one thread: INT4 -> Cast 4.9 ms, a table of 4-bit digits 13.5; INT2
 -> Cast 4.6 ms, a table of 2-bit digits 8.5; all run at the speed of int8. INT4 is used where the codes allow it. INT2 is not: it needs opset 25 and IR
 version 13, which few runtimes load, and holds only the codes -2 to 1.
+
+A weight with more than 16 different codes is packed when its layer shares weights, as digits of large integers (``onnx_wide``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from fxq.backends import onnx_wide
+from fxq.backends.onnx_wide import Wide
+
 Array = np.ndarray[Any, Any]
 NIBBLE = (-8, 7)
+MANY = 73  # more different codes take a byte each
 CHUNK = 1 << 22
 SMALL_TABLE = 64  # a table of bytes is taken where it is at most this part of what it expands
 
@@ -64,14 +70,28 @@ BIT, TRIT, CRUMB, HALF = Form(1, 2, 8, 8), Form(2, 3, 5, 8), Form(2, 4, 4, 8), F
 FORMS = (BIT, TRIT, CRUMB, HALF)
 
 
-def levels(codes: Array) -> tuple[int, ...]:
-    """The different codes of an int8 array, ascending; ``()`` when there are more than 16."""
+def levels(codes: Array, most: int = HALF.base) -> tuple[int, ...]:
+    """The different codes of an int8 array, ascending; ``()`` when there are more than ``most``."""
     flat, found = codes.reshape(-1), np.zeros(256, bool)
     for begin in range(0, flat.size, CHUNK):
         found |= np.bincount(flat[begin : begin + CHUNK].astype(np.int16) + 128, minlength=256) > 0
-        if found.sum() > HALF.base:
+        if found.sum() > most:
             return ()
     return tuple(int(v) - 128 for v in np.flatnonzero(found))
+
+
+def numbers(codes: Array, values: Sequence[int]) -> Array:
+    """Place of each code (int8, any shape) among ``values`` (ascending, at most 255), flat, uint8.
+
+    Raises:
+        ValueError: when a code is not in ``values``.
+    """
+    lookup = np.full(256, 255, np.uint8)
+    lookup[np.array(values) + 128] = np.arange(len(values))
+    digits: Array = lookup[codes.reshape(-1).view(np.uint8) ^ 128]
+    if (digits == 255).any():
+        raise ValueError("a code is not among the values")
+    return digits
 
 
 def pack(codes: Array, values: Sequence[int], form: Form) -> Array:
@@ -88,11 +108,7 @@ def pack(codes: Array, values: Sequence[int], form: Form) -> Array:
     Raises:
         ValueError: when a code is not in ``values``.
     """
-    lookup = np.full(256, 255, np.uint8)
-    lookup[np.array(values) + 128] = np.arange(len(values))
-    digits = lookup[codes.reshape(-1).view(np.uint8) ^ 128]
-    if (digits == 255).any():
-        raise ValueError("a code is not among the values")
+    digits = numbers(codes, values)
     packed = np.zeros(-(-digits.size // form.digits), np.uint8)
     for place in range(form.digits):
         part = digits[place :: form.digits]
@@ -118,21 +134,35 @@ class Stored:
     """How the file holds a weight.
 
     Attributes:
-        form: ``None`` for INT4 -> Cast.
+        form: ``None`` for INT4 -> Cast; a :class:`~fxq.backends.onnx_wide.Wide` for more than 16 codes.
         values: the codes of its table, ascending; all of the weight's are among them.
     """
 
-    form: Form | None
+    form: Form | Wide | None
     values: tuple[int, ...]
 
     @property
     def raw(self) -> Form:
-        """The form whose bytes the file holds."""
+        """The form whose bytes the file holds, of up to 16 codes."""
+        assert not isinstance(self.form, Wide)
         return HALF if self.form is None else self.form if self.form.element == 8 else next(f for f in FORMS if f.divides and f.base == self.form.base)
+
+    @property
+    def width(self) -> float:
+        """Bytes a weight, without the table."""
+        return self.form.width if isinstance(self.form, Wide) else 1 / self.raw.digits
+
+    @property
+    def table(self) -> Array:
+        """int8: the codes of each element, or of each number."""
+        assert self.form is not None
+        return np.array(self.values, np.int8) if isinstance(self.form, Wide) else table(self.values, self.form)
 
     @property
     def table_bytes(self) -> int:
         """Size of its table."""
+        if isinstance(self.form, Wide):
+            return len(self.values)
         return 0 if self.form is None else self.form.entries * self.form.digits
 
 
@@ -155,6 +185,12 @@ def expansion(name: str, shape: tuple[int, ...], stored: Stored, table_name: str
     out, form, size = f"{name}_q", stored.form, math.prod(shape)
     if form is None:
         return [as_nibbles(f"{name}_q4", np.zeros(0))], [helper.make_node("Cast", [f"{name}_q4"], [out], name=out, to=TensorProto.INT8)]
+    if isinstance(form, Wide):
+        tensors, nodes, last = onnx_wide.expansion(name, size, form)
+        tensors.append(numpy_helper.from_array(np.array(shape, np.int64), f"{name}_shape"))
+        nodes.append(helper.make_node("Gather", [table_name, last], [f"{name}_codes"], name=f"{name}_codes"))
+        nodes.append(helper.make_node("Reshape", [f"{name}_codes", f"{name}_shape"], [out], name=out))
+        return tensors, nodes
     kind = TensorProto.UINT8 if form.element == 8 else TensorProto.UINT4
     tensors = [
         TensorProto(name=f"{name}_packed", data_type=kind, dims=[-(-size // form.digits)]), numpy_helper.from_array(np.array(shape, np.int64), f"{name}_shape"),
@@ -180,6 +216,8 @@ def filled(name: str, codes: Array, stored: Stored, table_name: str) -> tuple[li
     tensors, nodes = expansion(name, codes.shape, stored, table_name)
     if stored.form is None:
         tensors[0] = as_nibbles(tensors[0].name, codes)
+    elif isinstance(stored.form, Wide):
+        tensors[0].raw_data = onnx_wide.pack(numbers(codes, stored.values), stored.form).tobytes()
     else:
         packed = pack(codes, stored.values, stored.raw)
         tensors[0].raw_data = packed[: -(-tensors[0].dims[0] * stored.form.element // 8)].tobytes()
@@ -189,17 +227,18 @@ def filled(name: str, codes: Array, stored: Stored, table_name: str) -> tuple[li
 def _saved(name: str, codes: Array, stored: Stored) -> int:
     """Bytes that the file gets smaller by, without the table."""
     tensors, nodes = expansion(name, codes.shape, stored, "tables/1bit")
-    held = -(-codes.size // stored.raw.digits) + sum(t.ByteSize() for t in tensors) + sum(n.ByteSize() for n in nodes)
+    held = math.ceil(codes.size * stored.width) + sum(t.ByteSize() for t in tensors) + sum(n.ByteSize() for n in nodes)
     return int(codes.size + len(name) - held)
 
 
-def choose(weights: Mapping[str, Array]) -> dict[str, Stored]:
+def choose(weights: Mapping[str, Array], many: Collection[str] = ()) -> dict[str, Stored]:
     """How to hold each weight so that the file is smallest, tables included; weights that are not in the answer are best held as int8.
 
     A weight takes the most compact form whose table pays: the form's users together save more bytes than the table costs.
 
     Args:
         weights: name ``<path>/weight`` -> int8 codes.
+        many: those that may be packed with more than 16 different codes.
     """
     found = {name: values for name, codes in weights.items() if (values := levels(codes))}
     fits = {name: NIBBLE[0] <= values[0] and values[-1] <= NIBBLE[1] for name, values in found.items()}
@@ -216,6 +255,11 @@ def choose(weights: Mapping[str, Array]) -> dict[str, Stored]:
             if sum(_saved(n, weights[n], kept) for n in good) > kept.table_bytes:
                 chosen |= {n: replace(kept, values=shared or found[n]) for n in good}
         left = {name: values for name, values in left.items() if name not in chosen}
+    for name in many:
+        if name not in found and (values := levels(weights[name], MANY)):
+            stored = Stored(Wide(len(values)), values)
+            if _saved(name, weights[name], stored) > stored.table_bytes:
+                chosen[name] = stored
     return chosen
 
 

@@ -16,7 +16,8 @@ from fxq.backends.onnx_half import LEAST, TOP, to_half
 from fxq.backends.onnx_island import Island, find, schedule, splice
 from fxq.backends.onnx_limits import refusal
 from fxq.backends.onnx_packed import Stored
-from fxq.backends.onnx_weighted import NIBBLE, low_bit_forms
+from fxq.backends.onnx_weighted import NIBBLE, low_bit_forms, shared_forms
+from fxq.backends.onnx_wide import Wide
 from fxq.backends.onnx_writer import TYPES, Writer, constant, quantizer
 from fxq.errors import LoweringError, TargetError
 from fxq.graph import input_names, kind, module_of
@@ -24,6 +25,7 @@ from fxq.kernels import can_vanish, gives_sign
 from fxq.lowering import Artifact, Issue, Lowering
 from fxq.modules import Quantized
 from fxq.schemes import Scheme
+from fxq.shared import SharedWeight
 from fxq.targets import Target
 
 EMITTERS = {**onnx_ops.EMITTERS, **onnx_float.EMITTERS}
@@ -49,6 +51,7 @@ class OnnxQdq(Lowering):
         self.half = float_dtype == "fp16"
         self._found: tuple[GraphModule, list[Island]] | None = None
         self._forms: tuple[GraphModule, dict[str, Stored]] | None = None
+        self._shared: dict[str, Stored | Wide | str] = {}
 
     def _islands(self, gm: GraphModule, target: Target) -> list[Island]:
         """Float islands of ``gm``, exported once for ``check`` and ``emit``."""
@@ -60,9 +63,10 @@ class OnnxQdq(Lowering):
         """The target with the opset that the file's types need, and the low-bit forms of weights by module path."""
         if self._forms is None or self._forms[0] is not gm:
             self._forms = gm, low_bit_forms(gm, target)
+            self._shared = shared_forms(gm, target)
         forms = self._forms[1]
         int4 = scheme.weight is not None and scheme.weight.bits <= NIBBLE and scheme.weight.signed
-        older = (int4 or bool(forms)) and target.opset < INT4_OPSET
+        older = (int4 or bool(forms) or bool(self._shared)) and target.opset < INT4_OPSET
         return replace(target, opset=INT4_OPSET, ir_version=INT4_IR) if older else target, forms
 
     def check(self, gm: GraphModule, scheme: Scheme, target: Target) -> list[Issue]:
@@ -82,11 +86,23 @@ class OnnxQdq(Lowering):
                 issues.append(Issue(_path(node), fact, "Give it an int32 bias that is no multiple of its weights' codes, or read it on an 8-bit grid first"))
         issues.extend(self._half_faults(gm, target))
         widths = {id(q.op.weight): q.weight_grid.spec.bits / 8 for q in gm.modules() if isinstance(q, Quantized)}
-        widths |= {id(gm.get_submodule(name).op.weight): 1 / s.raw.digits for name, s in forms.items()}  # type: ignore[union-attr]
-        size = sum(p.numel() * widths.get(id(p), p.element_size()) for p in gm.parameters())
+        widths |= {id(gm.get_submodule(name).op.weight): s.width for name, s in forms.items()}  # type: ignore[union-attr]
+        size = sum(p.numel() * widths.get(id(p), p.element_size()) for p in gm.parameters()) + self._shared_bytes(gm, forms)
         if size > MAX_BYTES:
             issues.append(Issue("file", f"the weights take {size / 2**30:.1f} GiB, an ONNX file holds 2", "Quantize more layers, or split the model"))
         return issues
+
+    def _shared_bytes(self, gm: GraphModule, forms: dict[str, Stored]) -> float:
+        """Bytes of the weights that are not parameters."""
+        size = 0.0
+        for path in {str(n.target) for n in gm.graph.nodes if n.op == "call_module"}:
+            module: Any = gm.get_submodule(path)
+            op = module.op if isinstance(module, Quantized) else module
+            if isinstance(op, SharedWeight):
+                form: Any = self._shared.get(path) if op is module else forms.get(path)
+                plain = 4 if op is module else module.weight_grid.spec.bits / 8
+                size += op.codes.numel() * (1 if form == "bytes" else plain if form is None else form.width)
+        return size
 
     def _half_faults(self, gm: GraphModule, target: Target) -> list[Issue]:
         if not self.half:
@@ -113,6 +129,7 @@ class OnnxQdq(Lowering):
         results = [r for n in gm.graph.nodes if n.op == "output" for r in named_results(n.args[0])]
         w = Writer(gm, target, input_names(gm) + [name for name, _ in results], self.half)
         w.stored = {f"{w.out(n)}/weight": forms[str(n.target)] for n in gm.graph.nodes if n.op == "call_module" and str(n.target) in forms}
+        w.shared = {f"{w.out(n)}/weight": self._shared[str(n.target)] for n in gm.graph.nodes if n.op == "call_module" and str(n.target) in self._shared}
         inputs: list[Any] = []
         for unit in schedule(gm, islands):
             if isinstance(unit, Island):

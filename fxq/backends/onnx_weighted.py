@@ -14,10 +14,13 @@ from fxq import modules as m
 from fxq import numerics
 from fxq.backends.onnx_codes import read_grid, written_grid
 from fxq.backends.onnx_packed import Stored, choose, levels
+from fxq.backends.onnx_shared import forms, shared_weight
+from fxq.backends.onnx_wide import Wide
 from fxq.backends.onnx_writer import Writer, quantizer, rounder
 from fxq.convolutions import conv_pads
 from fxq.graph import kind, module_of, shape
 from fxq.kernels import gives_sign
+from fxq.shared import SharedWeight
 from fxq.spec import QParams
 from fxq.targets import Target
 
@@ -30,6 +33,7 @@ PAD_MODES = {"constant": "constant", "zeros": "constant", "reflect": "reflect", 
 def low_bit_forms(gm: GraphModule, target: Target) -> dict[str, Stored]:
     """Module path -> form of each weight that takes less bytes than as int8; the runtime must fold constants before it fuses Q/DQ."""
     weights: dict[str, np.ndarray[Any, Any]] = {}
+    many = []
     for node in gm.graph.nodes if target.fused else ():
         module = module_of(gm, node) if node.op == "call_module" else None
         if not isinstance(module, m.Quantized) or module.dynamic is not None or module.weight_grid.spec.dtype != torch.int8 or module.weight_grid.spec.block:
@@ -38,8 +42,16 @@ def low_bit_forms(gm: GraphModule, target: Target) -> dict[str, Stored]:
         few = len(levels(codes)) in range(1, WEIGHT_ONLY_LEVELS + 1)
         if node.meta.get("integer") or few or not isinstance(module.op, nn.Linear):
             weights[str(node.target)] = codes
-    found = choose({f"{path}/weight": codes for path, codes in weights.items()})
+            many += [f"{node.target}/weight"] if isinstance(module.op, SharedWeight) else []
+    found = choose({f"{path}/weight": codes for path, codes in weights.items()}, many)
     return {path: found[f"{path}/weight"] for path in weights if f"{path}/weight" in found}
+
+
+def shared_forms(gm: GraphModule, target: Target) -> dict[str, Stored | Wide | str]:
+    """Module path -> form of each float layer with a shared weight that takes less bytes than its weight; the runtime must fold constants."""
+    modules = {str(n.target): module_of(gm, n) for n in gm.graph.nodes if n.op == "call_module"} if target.fused else {}
+    layers = {f"{path}/weight": module for path, module in modules.items() if isinstance(module, SharedWeight)}
+    return {name.removesuffix("/weight"): form for name, form in forms(layers).items()}
 
 
 def weighted(w: Writer, node: Node, module: nn.Module) -> str:
@@ -53,7 +65,9 @@ def weighted(w: Writer, node: Node, module: nn.Module) -> str:
             return _product(w, node, module)
         return _layer(w, node, module.op, _weight(w, node, module), _bias(w, node, module))
     op: Any = module
-    y = _layer(w, node, op, w.const(f"{w.out(node)}/weight", op.weight), _float_bias(w, node, op))
+    name = f"{w.out(node)}/weight"
+    weight = shared_weight(w, name, op) if isinstance(op, SharedWeight) else w.const(name, op.weight)
+    y = _layer(w, node, op, weight, _float_bias(w, node, op))
     return _kept_float(w, node, y) if w.target.fused and kind(w.gm, node.all_input_nodes[0]) == "fake_quantize" else y
 
 

@@ -15,7 +15,8 @@ from torch.fx import GraphModule, Node
 
 from fxq import numerics
 from fxq.backends.onnx_half import half_scale
-from fxq.backends.onnx_packed import Stored, as_nibbles, filled, table
+from fxq.backends.onnx_packed import Stored, as_nibbles, filled
+from fxq.backends.onnx_wide import Wide
 from fxq.graph import attr, kind, module_of, shape
 from fxq.modules import FakeQuantize
 from fxq.spec import QParams
@@ -45,6 +46,8 @@ class Writer:
         self.initializers: dict[str, onnx.TensorProto] = {}
         self.names: dict[Node, str] = {}
         self.stored: dict[str, Stored] = {}  # name of a weight -> its low-bit form; others are int8
+        self.shared: dict[str, Stored | Wide | str] = {}  # name of a float weight that is shared -> its form; others are written as they are
+        self.looked_up: list[tuple[str, Any]] = []  # shared weights that are in the file
         self.nodes_on_codes: set[Node] = set()  # movers that wrote their fake_quantize node's codes themselves
         self._outs: dict[Node, str] = {}
         self._taken = set(reserved)
@@ -112,7 +115,7 @@ class Writer:
         """Initializer with the table of a form; stored once."""
         if stored.form is None:
             return ""
-        array, wish = table(stored.values, stored.form), f"tables/{stored.form.bits}bit"
+        array, wish = stored.table, f"tables/{stored.form.bits}bit"
         names = (wish if i == 0 else f"{wish}_{i}" for i in itertools.count())
         name = next(n for n in names if n not in self.initializers or np.array_equal(numpy_helper.to_array(self.initializers[n]), array))
         return self.const(name, array)
