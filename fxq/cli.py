@@ -92,7 +92,7 @@ def run(a: argparse.Namespace, command: str = "") -> int:
     from fxq.pipeline import no_progress
 
     cli_engine.require_consistent(a)
-    how, budget = cli_prune.request(a), cli_debug.budget(a)
+    how, share, budget = cli_prune.request(a), cli_prune.share(a), cli_debug.budget(a)
     target = a.target or ("tensorrt" if a.to == "tensorrt" else "onnxruntime")
 
     model = sources.model_from(a.source)
@@ -104,7 +104,7 @@ def run(a: argparse.Namespace, command: str = "") -> int:
     with nullcontext(False) if a.quiet else ProgressBar(lines=True) as progress:
         m = api.compile(
             model, a.scheme, calibration=data, example=example, target=target, skip=tuple(a.skip), observer=a.observer,
-            batches=a.calibration_batches, portable=a.portable, progress=progress, prune=how, numbers=bool(a.report) or a.numbers, budget=budget,
+            batches=a.calibration_batches, portable=a.portable, progress=progress, prune=how, share=share, numbers=bool(a.report) or a.numbers, budget=budget,
         )  # fmt: skip
         artifact = m.lower(a.to, **cli_engine.lowering_options(a, m, progress or no_progress))
     _show(a, m, artifact)
@@ -193,7 +193,7 @@ def listing(what: str) -> list[str]:
         return [f"{n:<18} {text}" for n, text in api.BACKENDS.items()]
     from fxq.pruning import Prune
 
-    passes = api.pipeline_for(schemes.get("iao_w8a8"), how=Prune(ratio=0.5)).passes
+    passes = api.pipeline_for(schemes.get("deepcomp_w5"), how=Prune(ratio=0.5, sparsity=0.5)).passes
     return [f"{p.name:<18} {(type(p).__doc__ or '').strip().splitlines()[0]}" for p in passes]
 
 

@@ -52,7 +52,8 @@ def prune_weights(gm: GraphModule, ratio: float) -> None:
     if getattr(ops[0], "mask_scope", "global") == "global":
         masks = magnitude_masks(magnitudes, ratio)
     else:
-        masks = [magnitude_masks([m], min(MOST, ratio * float(getattr(op, "mask_level", 1.0))))[0] for m, op in zip(magnitudes, ops, strict=True)]
+        shares = _shares([float(getattr(op, "mask_level", 1.0)) for op in ops], [m.numel() for m in magnitudes], ratio)
+        masks = [magnitude_masks([m], s)[0] for m, s in zip(magnitudes, shares, strict=True)]
     if any(bool((mask & (m < 0)).any()) for mask, m in zip(masks, magnitudes, strict=True)):
         cut = sum(int((m < 0).sum()) for m in magnitudes) / sum(m.numel() for m in magnitudes)
         raise FxqError(f"ratio {ratio} is below the share that is cut already ({cut:.4g})", way_out="Give a greater ratio; what is cut stays cut")
@@ -62,6 +63,17 @@ def prune_weights(gm: GraphModule, ratio: float) -> None:
                 own = m.mask
                 assert own is not None
                 own.copy_(mask)
+
+
+def _shares(levels: list[float], sizes: list[int], ratio: float) -> list[float]:
+    """Share of each layer in proportion to its level, at most :data:`MOST` and so that one weight stays, which together cut ``ratio`` of all."""
+    tops = [min(MOST, 1 - 1 / n) for n in sizes]
+    want, lo, hi = ratio * sum(sizes), 0.0, 1 / min((x for x in levels if x > 0), default=1.0)
+    for _ in range(60):
+        t = (lo + hi) / 2
+        cut = sum(min(top, t * level) * n for top, level, n in zip(tops, levels, sizes, strict=True))
+        lo, hi = (t, hi) if cut < want else (lo, t)
+    return [round(min(top, hi * level), 9) for top, level in zip(tops, levels, strict=True)]
 
 
 def densities(gm: GraphModule) -> dict[str, float]:

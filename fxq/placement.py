@@ -50,8 +50,6 @@ class Plan:
             if node.op not in ("call_module", "call_function", "call_method"):
                 continue
             reason = self.excluded(node) or self._block_fault(node, k)
-            if reason is not None and self.ctx.scheme.share is not None:
-                node.meta["left"] = reason
             if k in layers and reason is None:
                 node.meta["weight_spec"] = str(self.ctx.scheme.weight_spec(k))
                 node.meta["integer"] = method == "dynamic"
@@ -78,7 +76,10 @@ class Plan:
         for pattern in self.ctx.float_nodes:
             if matches(self.gm, node, pattern, self.layers):
                 self._matched.add(pattern)
-                return f"left float on request ({pattern.__name__ if isinstance(pattern, type) else pattern})"
+                why = f"left float on request ({pattern.__name__ if isinstance(pattern, type) else pattern})"
+                if self.ctx.scheme.share is not None:
+                    node.meta["left"] = why
+                return why
         for role in self.ctx.scheme.float_layers:
             if role in self.roles.get(node, ()):
                 return f"the scheme leaves the {role} layer float" if role != "shortcut" else "the scheme leaves layers on shortcuts float"

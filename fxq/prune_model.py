@@ -15,7 +15,7 @@ from torch import nn
 from fxq import admission, distributed, schemes, targets
 from fxq.calibration import Batches
 from fxq.compiled import CompiledModel
-from fxq.errors import CalibrationError, FxqError, TraceError
+from fxq.errors import CalibrationError, FxqError, PassError, TraceError
 from fxq.exported import program_module
 from fxq.heap import young
 from fxq.masking import apart
@@ -58,6 +58,9 @@ def prune(
     Raises:
         TraceError, CalibrationError, PassError: with node, fact and way out.
     """
+    if how.sparsity is not None:
+        way_out = "Use fxq.sparsity.sparsify(model, ...), or fxq.compile(..., prune=fxq.Prune(sparsity=...), mode='qat'), whose masks hold in training"
+        raise PassError("single weights of a float model need masks to stay 0", where="prune-weights", way_out=way_out)
     tgt = targets.get(target)
     net = admission.unwrapped(program_module(model) if isinstance(model, torch.export.ExportedProgram) else model)
     if isinstance(net, CompiledModel) and not isinstance(net, PrunedModel):

@@ -179,7 +179,7 @@ class TrainableModel(CompiledModel):
         :func:`fxq.sparsity.cubic_ratio`. Parameters, and so the optimizer's state, stay the same objects.
 
         Args:
-            ratio: in [0, 1), of all weights under masks; where a request mapped patterns to shares, of the greatest of them.
+            ratio: in [0, 1), of all weights under masks.
 
         Raises:
             FxqError: for a ratio below that of now or outside [0, 1), without masks, or after :meth:`share_weights`.
@@ -219,7 +219,7 @@ class TrainableModel(CompiledModel):
             if isinstance(m, TrackedFakeQuantize):
                 m.tracker.settle()
         more = []
-        if self.scheme.share is not None and not self.shares_weights:
+        if self.scheme.share is not None and not self.shares_weights and all(s.name != "share-weights" for s in self.history):
             more.append(compressing.share_weights(gm, self.scheme, self.target, self.history.example))
         for node, _ in walk(gm, *WEIGHTED, "batch_norm"):
             layer = module_of(gm, node)

@@ -99,7 +99,7 @@ def sparsity(recipe: Recipe, stage: int, step: int, steps: int) -> float:
         step: from 0 on, in the stage; ``steps``: of an epoch.
     """
     now = recipe.stages[stage]
-    before = max((s.sparsity for s in recipe.stages[:stage]), default=0.0)
+    before = max((s.sparsity for s in recipe.stages[:stage]), default=MEASURED if recipe.sparsity_scope == "sensitivity" else 0.0)
     end = round(now.ramp * now.epochs * steps)
     if now.sparsity <= before or not end:
         return max(now.sparsity, before)

@@ -38,6 +38,9 @@ class PruneWeights(Pass):
         places = self._places(gm, ctx)
         ratios = self._mapped(places, ctx)
         found = [p for p in places if p[0] in ratios] if isinstance(self.how.sparsity, Mapping) else places
+        if not found and not self.how.must:
+            ctx.skip("(all)", "no conv or linear layer of this part is asked for")
+            return 0
         if not found:
             raise PassError("no weight can be cut: the model has no conv or linear layer that is not kept", where=self.name, way_out="Keep fewer layers")
         masked = bool(gm.meta.get(MASKED, False))

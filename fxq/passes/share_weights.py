@@ -29,7 +29,8 @@ class ShareWeights(Pass):
     """Cluster the weights that are not 0 and swap in layers that hold codes and a codebook (Han et al. 2016, arXiv 1510.00149, section 3).
 
     It clusters the weight without its batch norm, which becomes a factor for each channel. A layer on an integer grid rounds its codebook onto it, with one
-    step for the whole layer and the scale of each channel from the batch norm, so that its codebook is integers as well.
+    step for the whole layer and the scale of each channel from the batch norm, so that its codebook is integers as well; layers that an integer scheme
+    leaves float have float codebooks.
     """
 
     name: ClassVar[str] = "share-weights"
@@ -45,7 +46,7 @@ class ShareWeights(Pass):
         for node, k in walk(gm, *WEIGHTED):
             layer, path = module_of(gm, node), str(node.target)
             inner: Any = layer.op if isinstance(layer, Normed) else layer
-            why = node.meta.get("left") or _refused(layer, inner, ctx.scheme.method == "float")
+            why = node.meta.get("left") or _refused(inner)
             if why is not None:
                 ctx.skip(node, why)
                 continue
@@ -83,14 +84,12 @@ def _estimator(op: SharedWeight, spec: QuantSpec, ctx: PassContext) -> RangeEsti
     return RangeEstimator(op.axis, spec, "minmax", step)
 
 
-def _refused(layer: nn.Module, inner: nn.Module, floats: bool) -> str | None:
+def _refused(inner: nn.Module) -> str | None:
     """Why a layer keeps its weights as they are, or ``None``."""
     if getattr(inner, "stands_in", False):
         return "it stands in for another operation: its weights are few and constant"
     if type(inner) not in SHARED and not isinstance(inner, SharedWeight):
         return f"a {type(inner).__name__} has no form with shared weights"
-    if not floats and not isinstance(layer, (TrainedLayer, EstimatedLayer)):
-        return "it stays float in this scheme, and keeps its weights as they are"
     return None
 
 
