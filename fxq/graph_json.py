@@ -7,12 +7,8 @@ Modules are written as class, plain attributes, tensors and children; only class
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import keyword
 import math
-import operator
-import re
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,33 +16,19 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.nn.utils.parametrize import is_parametrized
 
+from fxq import graph_json_rules as rules
 from fxq.errors import ArtifactError
 from fxq.graph import Grid
+from fxq.graph_json_rules import INNER, META
+from fxq.modules import Unary
 from fxq.schemes import Scheme
-from fxq.sharing import Share
+from fxq.shared import SharedWeight
 from fxq.spec import QParams, QuantSpec
 
-CLASSES = {
-    "fxq.modules": ("Add", "Sub", "Mul", "Div", "MatMul", "Cat", "Reshape", "Expand", "Permute", "Slice", "IndexSelect", "Split", "Pad", "Resize",
-                    "Mean", "Sum", "GlobalAvgPool", "Clamp", "Unary", "Power", "FakeQuantize", "Quantized"),
-    "fxq.convolutions": ("PaddedConv1d", "PaddedConv2d", "PaddedConv3d", "ChannelAffine1d", "ChannelAffine2d", "ChannelAffine3d", "BoxMean"),
-    "fxq.shared": ("SharedConv1d", "SharedConv2d", "SharedConv3d", "SharedConvTranspose1d", "SharedConvTranspose2d", "SharedConvTranspose3d", "SharedLinear",
-                   "SharedPaddedConv1d", "SharedPaddedConv2d", "SharedPaddedConv3d"),
-    "fxq.observers": ("Observer", "MovingAverage"),
-    "fxq.trackers": ("MeanMagnitude", "Tracker", "LearnedStep", "Clip", "Sign", "Ternary", "TrackedFakeQuantize"),
-    "fxq.estimators": ("SignEstimator", "TernaryEstimator", "DoReFaEstimator", "StepEstimator", "RangeEstimator"),
-    "fxq.training": ("TrainedLayer", "FloatLayer", "FloatNorm"),
-    "fxq.training_lowbit": ("EstimatedLayer",),
-    "fxq.training_shared": ("SharedLayer",),
-}  # fmt: skip
-"""Classes of fxq that a file may hold."""
-DATA: dict[str, type] = {"Grid": Grid, "Scheme": Scheme, "Share": Share}
-OPERATORS = ("getitem", "add", "sub", "mul", "truediv", "floordiv", "neg", "pow", "matmul", "mod", "and_", "or_", "eq", "ne", "lt", "le", "gt", "ge", "invert")
-META = ("shape", "dynamic", "dtype", "grid", "integer", "float_why", "reads_codes", "narrow", "int8_layer", "left")
-"""What is kept of a node's meta."""
-_PATH = re.compile(r"[^\"\\\x00-\x1f\x7f-\x9f\u2028\u2029]+")  # what ends neither a quoted text nor a line
-INNER = frozenset(vars(nn.Module()))
-"""Attributes that every module has."""
+DATA: dict[str, type] = {"Grid": Grid, "Scheme": Scheme}
+"""Data classes that a file may hold."""
+ARGUMENTS = ("tuple", "dict", "node", "float", "device", "dtype", "memory_format", "slice", "ellipsis")
+"""Values of more than one kind that the arguments of a node may hold: torch writes their ``repr`` into the source of ``forward``."""
 
 
 class Writer:
@@ -72,13 +54,16 @@ class Writer:
         root = {name: self._module(m, name) for name, m in gm._modules.items() if m is not None}
         own = {name: self._tensor(t, name) for name, t in [*gm._parameters.items(), *gm._buffers.items()] if t is not None}
         grids = {k: self.value(g, k) for k, g in gm.meta.get("grids", {}).items()}
-        return {"name": type(gm).__name__, "nodes": nodes, "modules": root, "tensors": own, "grids": grids, "training": gm.training}
+        made = {"name": type(gm).__name__, "nodes": nodes, "modules": root, "tensors": own, "grids": grids, "training": gm.training}
+        rules.check_size(made)
+        return made
 
     def _node(self, n: Node) -> dict[str, Any]:
         where = n.name
-        target = n.target if isinstance(n.target, str) else _function_name(n.target, where)
+        target = n.target if isinstance(n.target, str) else rules.function_name(n.target, where)
         if n.op == "call_method":
-            _method(str(n.target))
+            rules.check_method(n.target)
+        rules.check_node(n.op, target, n.args, n.kwargs, where)
         meta = {k: self.value(n.meta[k], f"{where}.{k}") for k in META if k in n.meta}
         return {"name": n.name, "op": n.op, "target": target, "args": self.value(n.args, where), "kwargs": self.value(n.kwargs, where), "meta": meta}
 
@@ -89,10 +74,12 @@ class Writer:
         if is_parametrized(m):
             way_out = "Call remove() of its masks (fxq.sparsity.masks_of), or torch.nn.utils.parametrize.remove_parametrizations"
             raise ArtifactError("its weight is computed (torch.nn.utils.parametrize), which a file does not hold", where=path, way_out=way_out)
-        if _class(name) is not type(m):
+        if rules.class_named(name) is not type(m):
             raise ArtifactError(
                 f"{name} is no class of torch.nn or fxq, so a file cannot hold it", where=path, way_out="Capture it too (leave it out of leaf_modules)"
             )
+        for k in (*m._parameters, *m._buffers, *m._modules):
+            rules.check_part(k, path, type(m))
         plain = {k: self.value(v, f"{path}.{k}") for k, v in vars(m).items() if k not in INNER}
         return {
             "class": name, "training": m.training, "attributes": plain,
@@ -158,79 +145,134 @@ class Reader:
         self.tensors = tensors
         self._made: dict[str, Tensor] = {}
         self._modules: dict[str, nn.Module] = {}
+        self._paths: dict[nn.Module, int] = {}
         self._nodes: dict[str, Node] = {}
-        self._later: list[tuple[nn.Module, str, Any]] = []
+        self._later: list[tuple[nn.Module, str, str, Any]] = []
 
     def graph(self, data: Any) -> GraphModule:
-        """Inverse of :meth:`Writer.graph`.
+        """Inverse of :meth:`Writer.graph`. Nothing of the graph is run.
 
         Raises:
             ArtifactError: for anything that :class:`Writer` does not write.
         """
+        rules.check_size(data)
         try:
             return self._graph(data)
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, SyntaxError, AssertionError) as e:
+        except ArtifactError:
+            raise
+        except Exception as e:  # whatever a file causes in torch, its message is about the file
             raise ArtifactError(f"its graph is damaged: {type(e).__name__}: {e}", way_out="Save the model again") from e
 
     def _graph(self, data: Any) -> GraphModule:
         root = nn.Module()
         for name, child in data["modules"].items():
-            root.add_module(name, self._module(child, name))
+            rules.check_part(name, "the model", GraphModule)
+            root.add_module(name, self._module(child, name, 1))
+        if sum(self._paths[m] for m in root._modules.values() if m is not None) > rules.PATHS:
+            raise rules.refuse(f"it has more than {rules.PATHS} paths to modules")
         for name, entry in data["tensors"].items():
+            rules.check_part(name, "the model", GraphModule)
             self._put(root, name, entry)
-        for module, name, v in self._later:
-            vars(module)[name] = self.value(v)
-        graph = Graph()
-        for n in data["nodes"]:
-            target = n["target"] if n["op"] != "call_function" else _function(n["target"])
-            if n["op"] == "call_method":
-                _method(target)
-            kwargs = self.value(n["kwargs"])
-            _writable(n["op"], target, kwargs, n["name"])
-            node = graph.create_node(n["op"], target, self.value(n["args"]), kwargs, name=n["name"])
-            if node.name != n["name"]:
-                raise ArtifactError(f"two nodes are called {n['name']!r}", way_out="Save the model again")
-            node.meta.update({k: self.value(v) for k, v in n["meta"].items() if k in META})
-            self._nodes[n["name"]] = node
-        graph.lint()
-        gm = GraphModule(root, graph, str(data["name"]))
+        self._attributes()
+        graph = self._read_nodes(data["nodes"])
+        name = str(data["name"])
+        if not name.isidentifier():
+            raise rules.refuse(f"the graph is called {ascii(name)[:60]}, which is no name")
+        for op, target in {(n.op, str(n.target)) for n in graph.nodes if n.op in ("call_module", "get_attr")}:
+            rules.check_target(root, op, target)
+        gm = GraphModule(root, graph, name)
         gm._modules.clear()  # it sorts them by use; optimizers count parameters in the order of the saved model
         gm._modules.update(root._modules)
-        gm.meta["grids"] = {k: self.value(v) for k, v in data["grids"].items()}
+        gm.meta["grids"] = self._grids(data["grids"], graph)
         for path, module in gm.named_modules():
             if path and path in self._training:
                 module.training = self._training[path]
         gm.training = bool(data["training"])
         return gm
 
+    def _read_nodes(self, nodes: Any) -> Graph:
+        if not isinstance(nodes, list) or len(nodes) > rules.NODES:
+            raise rules.refuse(f"it has no list of nodes, or one of more than {rules.NODES}")
+        graph = Graph()
+        for n in nodes:
+            name, op, args, kwargs = n["name"], n["op"], self._argument(n["args"]), self._argument(n["kwargs"])
+            rules.check_node(op, n["target"], args, kwargs, name)
+            if op == "call_method":
+                rules.check_method(n["target"])
+            target = n["target"] if op != "call_function" else rules.function_named(n["target"])
+            node = graph.create_node(op, target, args, kwargs, name=name)
+            if node.name != name:
+                raise ArtifactError(f"two nodes are called {name!r}", way_out="Save the model again")
+            node.meta.update({k: rules.check_meta(k, self.value(v), name) for k, v in n["meta"].items() if k in META})
+            self._nodes[name] = node
+        graph.lint()
+        return graph
+
+    def _grids(self, data: Any, graph: Graph) -> dict[str, Grid]:
+        made = {k: self.value(v) for k, v in data.items()}
+        for k, grid in made.items():
+            if not isinstance(grid, Grid):
+                raise rules.refuse("it is no grid", k)
+        for node in graph.nodes:
+            for key in ("grid", "narrow"):
+                if node.meta.get(key) is not None and node.meta[key] not in made:
+                    raise rules.refuse("it names a grid that is not there", node.name)
+        return made
+
     @property
     def _training(self) -> dict[str, bool]:
         return {path: m.training for path, m in self._modules.items()}
 
-    def _module(self, entry: Any, path: str) -> nn.Module:
+    def _module(self, entry: Any, path: str, level: int) -> nn.Module:
         if "ref" in entry:
-            return self._modules[entry["ref"]]
-        cls = _class(entry["class"])
+            known = self._modules.get(entry["ref"])
+            if known is None or known not in self._paths:
+                raise rules.refuse("it stands for a module that is not there, or holds it", path)
+            return known
+        cls = rules.class_named(entry["class"])
         if cls is None:
-            raise ArtifactError(f"it names the class {entry['class']!r}, which no file may hold", where=path, way_out="Take files from fxq.save only")
+            raise rules.refuse(f"it names the class {ascii(entry['class'])[:80]}, which no file may hold", path)
+        if level > rules.MODULE_LEVELS:
+            raise rules.refuse(f"its modules are nested more than {rules.MODULE_LEVELS} levels deep")
         module: nn.Module = cls.__new__(cls)
         nn.Module.__init__(module)
         self._modules[path] = module
+        tensors, children, fleeting = {**entry["parameters"], **entry["buffers"]}, entry["children"], frozenset(entry["fleeting"])
+        if len(tensors) + len(children) != len(entry["parameters"]) + len(entry["buffers"]) + len(children.keys() - tensors.keys()):
+            raise rules.refuse("two of its tensors and modules have one name", path)
         for name, v in entry["attributes"].items():
-            if not name.isidentifier() or name.startswith("__") or name in INNER or callable(getattr(cls, name, None)):
-                raise ArtifactError(f"it sets the attribute {name!r}", where=path, way_out="Take files from fxq.save only")
-            self._later.append((module, name, v))
-        for name, v in {**entry["parameters"], **entry["buffers"]}.items():
+            rules.check_attribute(cls, name, {*tensors, *children}, path)
+            self._later.append((module, path, name, v))
+        for name, v in tensors.items():
+            rules.check_part(name, path, cls)
             if v is None and name in entry["parameters"]:
                 module.register_parameter(name, None)
             elif v is None:
                 module.register_buffer(name, None)
             else:
-                self._put(module, name, v, name not in entry["fleeting"])
-        for name, child in entry["children"].items():
-            module._modules[name] = None if child is None else self._module(child, f"{path}.{name}")
+                self._put(module, name, v, name not in fleeting)
+        paths = 1
+        for name, child in children.items():
+            rules.check_part(name, path, cls)
+            made = None if child is None else self._module(child, f"{path}.{name}", level + 1)
+            module._modules[name] = made
+            paths += 0 if made is None else self._paths[made]
+        self._paths[module] = paths
         module.training = bool(entry["training"])
         return module
+
+    def _attributes(self) -> None:
+        """What modules hold beside tensors and children: last, because it may stand for any of the modules."""
+        for module, path, name, v in self._later:
+            value = self.value(v)
+            rules.check_type(type(module), name, value, path)
+            vars(module)[name] = value
+        for path, module in self._modules.items():
+            if isinstance(module, Unary) and (rules.function_named(f"torch.{module.fn}") is None or "." in module.fn):
+                raise rules.refuse("its function is none of torch", path)
+            if isinstance(module, SharedWeight):
+                _check_codes(module, path)
+            module.extra_repr()
 
     def _put(self, module: nn.Module, name: str, entry: Any, persistent: bool = True) -> None:
         t = self._tensor(entry)
@@ -244,10 +286,30 @@ class Reader:
         if key not in self._made:
             t = self.tensors[key]
             self._made[key] = nn.Parameter(t, requires_grad=bool(entry["grad"])) if entry["parameter"] else t
+        if isinstance(self._made[key], nn.Parameter) != bool(entry["parameter"]):
+            raise rules.refuse("it is a parameter in one place and none in another", str(key))
         return self._made[key]
 
+    def _argument(self, v: Any) -> Any:
+        """A node's argument: plain values and nodes, nothing whose ``repr`` a file could choose."""
+        stack = [v]
+        while stack:
+            x = stack.pop()
+            if isinstance(x, list):
+                stack += x
+            elif isinstance(x, dict):
+                ((what, inner),) = x.items()
+                if what not in ARGUMENTS:
+                    raise rules.refuse(f"an argument of a node is a {ascii(what)[:40]}")
+                stack += inner.values() if what == "dict" else inner if what in ("tuple", "slice") else ()
+        return self.value(v)
+
     def value(self, v: Any) -> Any:
-        """Inverse of :meth:`Writer.value`."""
+        """Inverse of :meth:`Writer.value`.
+
+        Raises:
+            ArtifactError, KeyError, TypeError, ValueError: for what is none.
+        """
         if isinstance(v, list):
             return [self.value(x) for x in v]
         if not isinstance(v, dict):
@@ -255,73 +317,31 @@ class Reader:
         if "tensor" in v:
             return self._tensor(v)
         if "data" in v:
-            return DATA[v["data"]](**{k: self.value(x) for k, x in v["fields"].items()})
+            return rules.fitting(DATA[v["data"]], {k: self.value(x) for k, x in v["fields"].items()})
         ((what, inner),) = v.items()
         make: dict[str, Callable[[], Any]] = {
-            "tuple": lambda: tuple(self.value(x) for x in inner), "dict": lambda: {k: self.value(x) for k, x in inner.items()},
-            "node": lambda: self._nodes[inner], "module": lambda: self._modules[inner], "float": lambda: float(inner), "device": lambda: torch.device(inner),
-            "dtype": lambda: _constant(inner, torch.dtype), "memory_format": lambda: _constant(inner, torch.memory_format),
-            "slice": lambda: slice(*(self.value(x) for x in inner)), "ellipsis": lambda: Ellipsis, "spec": lambda: QuantSpec.parse(inner),
+            "tuple": lambda: tuple(self.value(x) for x in _items(inner)), "dict": lambda: {k: self.value(x) for k, x in inner.items()},
+            "node": lambda: self._nodes[inner], "module": lambda: self._modules[inner], "float": lambda: _FLOATS[inner], "device": lambda: torch.device(inner),
+            "dtype": lambda: rules.constant(inner, torch.dtype), "memory_format": lambda: rules.constant(inner, torch.memory_format),
+            "slice": lambda: slice(*(self.value(x) for x in _items(inner))), "ellipsis": lambda: Ellipsis, "spec": lambda: QuantSpec.parse(inner),
             "qparams": lambda: QParams(QuantSpec.parse(inner[0]), self._tensor(inner[1]), self._tensor(inner[2])),
         }  # fmt: skip
         return make[what]()
 
 
-def _constant(name: str, kind: type) -> Any:
-    found = getattr(torch, name)
-    if not isinstance(found, kind):
-        raise ArtifactError(f"{name!r} is no {kind.__name__}", way_out="Save the model again")
-    return found
+_FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
-def _class(name: str) -> type[nn.Module] | None:
-    """A class of torch.nn or of :data:`CLASSES` by its full name, or ``None``."""
-    module, _, cls = name.rpartition(".")
-    if module in CLASSES and cls in CLASSES[module]:
-        found: Any = getattr(importlib.import_module(module), cls)
-        return found  # type: ignore[no-any-return]
-    if module.startswith("torch.nn.modules."):
-        found = getattr(nn, cls, None)
-        known = isinstance(found, type) and issubclass(found, nn.Module) and f"{found.__module__}.{found.__qualname__}" == name
-        return found if known else None
-    return None
+def _items(v: Any) -> list[Any]:
+    if not isinstance(v, list):
+        raise rules.refuse(f"it holds a {type(v).__name__} where a list belongs")
+    return v
 
 
-def _function_name(fn: Any, where: str) -> str:
-    if isinstance(fn, torch._ops.OpOverload):
-        return f"torch.ops.{fn}"
-    own = str(getattr(fn, "__name__", ""))
-    if own in OPERATORS and getattr(operator, own) is fn:
-        return f"operator.{own}"
-    name = torch.overrides.resolve_name(fn)
-    if name is None or _function(name) is not fn:
-        raise ArtifactError(f"the function {own or fn!r} is no tensor function of torch", where=where, way_out="Write it with torch's functions")
-    return str(name)
-
-
-def _function(name: str) -> Any:
-    """A function that a file may name."""
-    parts = name.split(".")
-    if parts[:1] == ["operator"] and len(parts) == 2 and parts[1] in OPERATORS:
-        return getattr(operator, parts[1])
-    if parts[:3] == ["torch", "ops", "aten"] and len(parts) == 5:
-        return getattr(getattr(torch.ops.aten, parts[3]), parts[4])
-    found: Any = torch
-    if parts[0] == "torch" and all(p.isidentifier() and not p.startswith("__") for p in parts):
-        for part in parts[1:]:
-            found = getattr(found, part, None)
-        if isinstance(found, Hashable) and found in torch.overrides.get_testing_overrides():
-            return found
-    raise ArtifactError(f"it names the function {name!r}, which no file may hold", way_out="Take files from fxq.save only")
-
-
-def _writable(op: str, target: Any, kwargs: dict[str, Any], name: str) -> None:
-    """Torch writes targets and names of arguments into the source of ``forward``, which it then runs: they must be names."""
-    plain = not isinstance(target, str) or (target.isidentifier() if op in ("placeholder", "output") else _PATH.fullmatch(target) is not None)
-    if not plain or (isinstance(target, str) and keyword.iskeyword(target)) or not all(k.isidentifier() and not keyword.iskeyword(k) for k in kwargs):
-        raise ArtifactError("its target or an argument's name is no name", where=str(name), way_out="Take files from fxq.save only")
-
-
-def _method(name: str) -> None:
-    if name.startswith("__") or getattr(Tensor, name, None) not in torch.overrides.get_testing_overrides():
-        raise ArtifactError(f"it names the method {name!r}, which is none of a tensor", way_out="Take files from fxq.save only")
+def _check_codes(layer: SharedWeight, path: str) -> None:
+    """Every code of a shared weight has an entry in its codebook."""
+    codes, book = layer.codes, layer.book
+    if codes.dtype not in (torch.uint8, torch.int16) or book.ndim != 1 or not book.is_floating_point():
+        raise rules.refuse(f"its codes are {codes.dtype} and its codebook is {book.dtype} of rank {book.ndim}", path)
+    if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) > len(book)):
+        raise rules.refuse(f"a code has no entry in the codebook of {len(book)} values", path)

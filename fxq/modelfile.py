@@ -10,11 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from fxq import graph_json, targets
+from fxq import archived, graph_json, targets
+from fxq import graph_json_rules as rules
 from fxq.compiled import CompiledModel
 from fxq.errors import ArtifactError, LoweringError
 from fxq.lowering import Artifact
 from fxq.pruned import PrunedModel
+from fxq.schemes import Scheme
 from fxq.snapshot import History, NodeRow, Skip, Snapshot
 from fxq.trace import Captured
 from fxq.trainable import TrainableModel
@@ -54,12 +56,18 @@ def save(model: CompiledModel, path: str | os.PathLike[str], *, force: bool = Fa
     return Artifact(FORMAT, encode(w.tensors, {"format": FORMAT, "model": json.dumps(head)})).save(path, force=force)
 
 
-def load(path: str | os.PathLike[str]) -> CompiledModel:
-    """Read what :func:`save` wrote: a model that runs, trains on, and lowers.
+def load(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> CompiledModel:
+    """Read what :func:`save` wrote, or ``m.lower("archive").save``: a model that runs, trains on, and lowers.
+
+    Args:
+        path: of the file.
+        max_bytes: of an archive: most bytes of all its tensors together; by default 64 MiB and 1024 times the file.
 
     Raises:
         ArtifactError: for a file that cannot be read, is damaged, or is none of fxq's.
     """
+    if archived.is_archive(path):
+        return archived.load(path, max_bytes=max_bytes)
     where = os.fspath(path)
     try:
         return _load(Path(path))
@@ -84,23 +92,37 @@ def _load(path: Path) -> CompiledModel:
             raise ArtifactError(f"has version {head['version']}, this fxq reads up to {VERSION}", way_out="Update fxq")
         reader = graph_json.Reader(tensors)
         gm = reader.graph(head["graph"])
+        rules.check_size([head["scheme"], head["history"], head["specialised"]])
         scheme, target = reader.value(head["scheme"]), targets.get(head["target"])
+        if not isinstance(scheme, Scheme):
+            raise ArtifactError("its scheme is none", way_out="Save the model again")
         history = History([_snapshot(s, int(head["version"])) for s in head["history"]])
         captured = Captured(gm, str(head["rung"]), tuple(head["specialised"]), nn.Module())
         model = KINDS[head["kind"]](gm, captured, history, scheme, target)
         if isinstance(model, TrainableModel):
             model.steps.fill_(int(head["steps"]))
             model.set_extra_state({"phase": str(head["phase"]), "scheme": scheme.name, "hold_at": head["hold_at"]})
-    except (KeyError, TypeError, ValueError) as e:
+        return model.train(bool(head["training"]))
+    except ArtifactError:
+        raise
+    except Exception as e:  # whatever a file causes, its message is about the file
         raise ArtifactError(f"its header is damaged: {type(e).__name__}: {e}", way_out="Save the model again") from e
-    return model.train(bool(head["training"]))
 
 
 def _snapshot(s: list[Any], version: int) -> Snapshot:
     """A snapshot without its graph. Version 1 held the text only."""
     if version == 1:
-        rows = tuple(NodeRow(line[1:].split(" ", 1)[0], "", text=line) for line in s[1].splitlines())
-        return Snapshot(s[0], rows, s[2], s[4], s[5], tuple(Skip(*k) for k in s[6]))
-    names = [f.name for f in fields(NodeRow)]
-    rows = tuple(NodeRow(**{**dict(zip(names, r, strict=True)), "inputs": tuple(r[3])}) for r in s[1])
-    return Snapshot(s[0], rows, s[2], s[3], s[4], tuple(Skip(*k) for k in s[5]))
+        rows = tuple(_row({"name": line[1:].split(" ", 1)[0], "kind": "", "text": line}) for line in s[1].splitlines())
+        name, rewrites, ms, moved, skips = s[0], s[2], s[4], s[5], s[6]
+    else:
+        names = [f.name for f in fields(NodeRow)]
+        rows = tuple(_row({**dict(zip(names, r, strict=True)), "inputs": tuple(r[3])}) for r in s[1])
+        name, _, rewrites, ms, moved, skips = s
+    found = tuple(rules.fitting(Skip, {"node": node, "why": why}) for node, why in skips)
+    made: Snapshot = rules.fitting(Snapshot, {"name": name, "rows": rows, "rewrites": rewrites, "ms": ms, "moved": moved, "skips": found})
+    return made
+
+
+def _row(values: dict[str, Any]) -> NodeRow:
+    row: NodeRow = rules.fitting(NodeRow, values)
+    return row
