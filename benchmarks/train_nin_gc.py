@@ -1,9 +1,9 @@
 """Float weights for NIN_GC on CIFAR-10, fast on a small machine: progressive resizing (images of 16, then 24, then 32 pixels), one cycle of the rate.
 
-Run: python benchmarks/train_nin_gc.py [--out FOLDER] [--epochs 16:6,24:2,32:1]
+Run: python benchmarks/train_nin_gc.py [--out FOLDER] [--epochs 16:6,24:1,32:1]
 
-The folder (default: out/nin_gc_progressive) takes ``nin_gc.safetensors``, ``result.json`` and a checkpoint after every epoch; the same command goes on
-after a stop. bench_deepcomp.py starts from it. Trains on all 50,000 training images and reads the test images once, at the end.
+The folder (default: out/nin_gc_progressive) takes ``nin_gc_progressive.safetensors`` (named as the folder), ``result.json`` and a checkpoint after every
+epoch; the same command goes on after a stop. The recipe nin_gc_deepcomp_w5 starts from it. Trains on all 50,000 training images and reads the test images once, at the end.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-from training import data  # noqa: E402
+from training import data
 
-from fxq.zoo.nin import nin_gc  # noqa: E402
+from fxq.zoo.nin import nin_gc
 
 BATCH, PAD, PEAK, WARM = 128, 4, 4e-3, 0.15
 MEAN, STD = torch.tensor(data.MEAN).view(1, 3, 1, 1), torch.tensor(data.STD).view(1, 3, 1, 1)
@@ -60,7 +60,7 @@ def rate(at: float) -> float:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, default=Path("out/nin_gc_progressive"))
-    p.add_argument("--epochs", default="16:6,24:2,32:1", help="SIZE:EPOCHS, comma-separated")
+    p.add_argument("--epochs", default="16:6,24:1,32:1", help="SIZE:EPOCHS, comma-separated")
     p.add_argument("--threads", type=int, default=1)
     a = p.parse_args()
     torch.set_num_threads(a.threads)
@@ -100,7 +100,7 @@ def main() -> None:
         print(log[-1], flush=True)
         torch.save({"net": net.state_dict(), "opt": opt.state_dict(), "epoch": epoch + 1, "minutes": minutes, "log": log}, saved)
     score = accuracy(net, *data.load("test"))
-    save_file({k: v.contiguous() for k, v in net.state_dict().items()}, str(a.out / "nin_gc.safetensors"))
+    save_file({k: v.contiguous() for k, v in net.state_dict().items()}, str(a.out / f"{a.out.name}.safetensors"))
     body = {"test": score, "minutes": minutes, "torch": torch.__version__, "log": log, "command": f"python benchmarks/train_nin_gc.py --epochs {a.epochs}"}
     (a.out / "result.json").write_text(json.dumps(body, indent=1) + "\n")
     print(f"test {score:.2f} %, {minutes:.0f} minutes")
