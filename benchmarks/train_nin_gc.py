@@ -3,7 +3,8 @@
 Run: python benchmarks/train_nin_gc.py [--out FOLDER] [--epochs 16:6,24:1,32:1]
 
 The folder (default: out/nin_gc_progressive) takes ``nin_gc_progressive.safetensors`` (named as the folder), ``result.json`` and a checkpoint after every
-epoch; the same command goes on after a stop. The recipe nin_gc_deepcomp_w5 starts from it. Trains on all 50,000 training images and reads the test images once, at the end.
+epoch; the same command goes on after a stop. The recipe nin_gc_deepcomp_w5 starts from it. Trains on all 50,000 training images and reads the test images
+once, at the end.
 """
 
 from __future__ import annotations
