@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fxq.archive.decoder import BLOCK, LOW, STEPS
+from fxq.archive.fast import kernels
 
 Array = np.ndarray[Any, Any]
 PRECISIONS = (8, 9, 10, 11, 12, 13, 14, 15)
@@ -101,13 +102,21 @@ def encode(symbols: Array, freq: Array, lanes: int, bits: int) -> tuple[Array, A
     """
     s = np.ascontiguousarray(symbols).reshape(-1)
     f = np.maximum(freq, 1).astype(np.float64)
-    tables = 1 / f, (1 << bits) - f, (np.cumsum(freq) - freq).astype(np.float64), f * 2.0 ** (32 - bits)
-    x, words = np.full(lanes, float(LOW)), [np.empty(0, np.uint16)]
+    tables = np.stack([1 / f, (1 << bits) - f, np.cumsum(freq) - freq, f * 2.0 ** (32 - bits)])
+    x = np.full(lanes, float(LOW))
+    compiled = kernels(s.size)
+    words = compiled.encode(s, x, tables) if compiled is not None else lockstep(s, x, tables)
+    return np.concatenate([*words[::-1], np.empty(0, np.uint16)]), x.astype(np.uint32)
+
+
+def lockstep(symbols: Array, x: Array, tables: Array) -> list[Array]:
+    """All lanes ``x`` (float64) at once -> words in pieces, the last ones first. ``tables`` [4, K]: 1 / f, 2^bits - f, start, limit of the state."""
+    lanes, words = len(x), []
     rows = max(1, BLOCK // lanes)
-    for first in range(((s.size - 1) // (rows * lanes)) * rows * lanes, -1, -rows * lanes):
-        block = s[first : first + rows * lanes]
+    for first in range((len(symbols) - 1) // (rows * lanes) * rows * lanes, -1, -rows * lanes):
+        block = symbols[first : first + rows * lanes]
         inverse, rest, start, limit = (np.take(t, block) for t in tables)
-        for at in range(((len(block) - 1) // lanes) * lanes, -1, -lanes):
+        for at in range((len(block) - 1) // lanes * lanes, -1, -lanes):
             part = slice(at, min(at + lanes, len(block)))
             y = x[: part.stop - at]
             full = (y >= limit[part]).nonzero()[0]
@@ -115,8 +124,8 @@ def encode(symbols: Array, freq: Array, lanes: int, bits: int) -> tuple[Array, A
                 large = y[full].astype(np.int64)
                 words.append((large & 0xFFFF).astype(np.uint16))
                 y[full] = large >> 16
-            q = np.floor((y + 0.5) * inverse[part])  # exact: y < 2^32, and a quotient is at least 2^-16 from the next integer
+            q = np.floor((y + 0.5) * inverse[part])  # exact: y < 2^32, and the quotient is at least 2^-16 from the next integer
             q *= rest[part]
             y += q
             y += start[part]
-    return np.concatenate(words[::-1]), x.astype(np.uint32)
+    return words
