@@ -23,9 +23,10 @@ from fxq.graph_json_rules import INNER, META
 from fxq.modules import Unary
 from fxq.schemes import Scheme
 from fxq.shared import SharedWeight
+from fxq.sharing import Share
 from fxq.spec import QParams, QuantSpec
 
-DATA: dict[str, type] = {"Grid": Grid, "Scheme": Scheme}
+DATA: dict[str, type] = {"Grid": Grid, "Scheme": Scheme, "Share": Share}
 """Data classes that a file may hold."""
 ARGUMENTS = ("tuple", "dict", "node", "float", "device", "dtype", "memory_format", "slice", "ellipsis")
 """Values of more than one kind that the arguments of a node may hold: torch writes their ``repr`` into the source of ``forward``."""

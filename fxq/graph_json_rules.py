@@ -35,6 +35,7 @@ CLASSES = {
     "fxq.estimators": ("SignEstimator", "TernaryEstimator", "DoReFaEstimator", "StepEstimator", "RangeEstimator"),
     "fxq.training": ("TrainedLayer", "FloatLayer", "FloatNorm"),
     "fxq.training_lowbit": ("EstimatedLayer",),
+    "fxq.training_shared": ("SharedLayer",),
 }  # fmt: skip
 """Classes of fxq that a file may hold."""
 
@@ -111,7 +112,7 @@ ATEN = frozenset(
 
 META: dict[str, tuple[type, ...]] = {
     "shape": (int,), "dynamic": (bool,), "dtype": (torch.dtype,), "grid": (str,), "integer": (bool,), "float_why": (str,), "reads_codes": (str,),
-    "narrow": (str,), "int8_layer": (bool,),
+    "narrow": (str,), "int8_layer": (bool,), "left": (str,),
 }  # fmt: skip
 """What is kept of a node's meta, and of what it is made."""
 
@@ -297,6 +298,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, (tuple, list)) and len(value) == len(args) and all(map(_fits, value, args))
     if origin in (tuple, list):
         return isinstance(value, (tuple, list)) and all(_fits(v, args[0]) for v in value if args)
+    if origin is Mapping:
+        return isinstance(value, dict) and all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items())
     if hint in (None, type(None)):
         return value is None
     if hint is float:

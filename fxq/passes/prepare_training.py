@@ -44,6 +44,7 @@ class PrepareTraining(Pass):
     name: ClassVar[str] = "prepare-training"
     requires: ClassVar[tuple[str, ...]] = ("converted",)
     ensures: ClassVar[tuple[str, ...]] = ("converted",)
+    breaks: ClassVar[tuple[str, ...]] = ("bn-folded",)
 
     def run(self, gm: GraphModule, ctx: PassContext) -> int:
         trackers: dict[str, Tracker] = {}
