@@ -27,8 +27,9 @@ class Factored:
     """A tensor that is known as symbols and a table.
 
     Attributes:
-        symbols: uint8 or uint16, the shape of the tensor. table: [K] values of the symbols, K up to 2^15. dtype: of the dense tensor; float32 with a scale, else the table's.
-        scale: float32 [C], the dense value is ``(table[symbol] - zero) * scale``; C is the length of ``axis``, or 1. zero: int32 [C], only with a scale.
+        symbols: uint8 or uint16, the shape of the tensor. table: [K] values of the symbols, K up to 2^15.
+        dtype: of the dense tensor; F32 with a scale, else the table's.
+        scale: float32 [C], the dense value is ``(table[symbol] - zero) * scale``; C is the length of ``axis``, or 1. zero: int32 [C] or [1], only with a scale.
         role: for reports, not stored.
     """
 
@@ -44,7 +45,10 @@ class Factored:
 
 @dataclass(frozen=True)
 class Plain:
-    """Any tensor; where it has few distinct values (bit for bit), those are coded when that is smaller. ``dtype``: only for bfloat16 ("BF16"), given as uint16."""
+    """Any tensor; where it has few distinct values (bit for bit), those are coded when that is smaller.
+
+    ``dtype`` is for bfloat16 only ("BF16"), whose bits come as uint16.
+    """
 
     name: str
     array: Array
@@ -83,7 +87,7 @@ class Stat:
 
 @dataclass(frozen=True)
 class Overhead:
-    """Bytes of the file that belong to no tensor: ``header`` of the container with its length, ``index`` as packed; ``index_text`` is the index before packing."""
+    """Bytes of the file that belong to no tensor: ``header`` of the container with its length, ``index`` as packed; ``index_text``: before packing."""
 
     header: int
     index: int
@@ -95,7 +99,9 @@ class Overhead:
         return self.header + self.index
 
 
-def write(items: Iterable[Factored | Plain], graph: dict[str, Any] | None = None, *, coding: str = "auto", version: str = "") -> tuple[bytes, list[Stat], Overhead]:
+def write(
+    items: Iterable[Factored | Plain], graph: dict[str, Any] | None = None, *, coding: str = "auto", version: str = ""
+) -> tuple[bytes, list[Stat], Overhead]:
     """Encode tensors and a graph as one archive.
 
     Args:
@@ -167,16 +173,20 @@ def _factored(item: Factored, coding: str) -> _Made:
         raise ArchiveError("symbols and a table cannot be stored raw", where=where, way_out="Use another coding, or give the dense values")
     table = NAMES.get(item.table.dtype.newbyteorder("=")) if item.dtype != "BF16" or item.table.dtype != np.uint16 else "BF16"
     if item.symbols.dtype not in (np.uint8, np.uint16) or item.table.ndim != 1 or not 0 < k <= MOST or table is None:
-        raise ArchiveError("its symbols or its table have a dtype or a length that archives do not hold", where=where, way_out=f"Use uint8 or uint16, up to {MOST} entries")
+        fact = "its symbols or its table have a dtype or a length that archives do not hold"
+        raise ArchiveError(fact, where=where, way_out=f"Use uint8 or uint16, and up to {MOST} entries")
     if (item.dtype != "F32" if item.scale is not None else item.dtype != table or item.zero is not None):
-        raise ArchiveError(f"a table of {table} does not give {item.dtype}", where=where, way_out="With a scale the tensor is F32, without one it has the table's dtype")
+        way_out = "With a scale the tensor is F32, without one it has the table's dtype and no zero"
+        raise ArchiveError(f"a table of {table} does not give {item.dtype}", where=where, way_out=way_out)
     try:
         axis, scale, zero = _grid(item)
         counts = histogram(item.symbols.reshape(-1), k)
     except (ValueError, ArchiveError) as e:
         raise ArchiveError(getattr(e, "fact", str(e)), where=where, way_out=getattr(e, "way_out", None)) from None
     head: dict[str, Any] = {"dtype": item.dtype, "shape": list(shape), "entries": k}
-    head |= {key: value for key, value, usual in (("table", table, item.dtype), ("axis", axis, 0), ("scale", scale is not None, False), ("zero", zero is not None, False)) if value != usual}
+    usual = {"table": item.dtype, "axis": 0, "scale": False, "zero": False}
+    given = {"table": table, "axis": axis, "scale": scale is not None, "zero": zero is not None}
+    head |= {k: v for k, v in given.items() if v != usual[k]}
     tables = b"".join(np.ascontiguousarray(a, a.dtype.newbyteorder("<")).tobytes() for a in (item.table, scale, zero) if a is not None)
     made = _coded(item.symbols, counts, tables, head, coding, item.symbols.size * np.dtype(DTYPES[item.dtype]).itemsize)
     made.kept = int(counts[item.table != 0].sum())
@@ -242,7 +252,7 @@ def _plain(item: Plain, coding: str) -> _Made:
 
 
 def distinct(array: Array) -> tuple[Array, Array] | None:
-    """Symbols (uint16, its shape) and values of an array with at most 2^15 values, told apart by their bits; None when it has more, or coding them cannot pay."""
+    """Symbols (uint16, its shape) and values of an array with at most 2^15 values, told apart by bits; None when it has more, or coding cannot pay."""
     flat = np.ascontiguousarray(array).reshape(-1)
     bits = flat.view(f"u{flat.dtype.itemsize}")
     most = min(MOST, 3 * bits.size // 4 + 1)

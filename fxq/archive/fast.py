@@ -1,4 +1,7 @@
-"""Which inner loop of rANS runs: numba's where it is installed and the tensor is worth loading it, plain Python for few lanes, else numpy. All give the same bytes."""
+"""Which inner loop of rANS runs: numba's where it is installed and the tensor is worth loading it, plain Python for few lanes, else numpy.
+
+All give the same bytes.
+"""
 
 from __future__ import annotations
 

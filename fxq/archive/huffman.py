@@ -1,7 +1,8 @@
 """Canonical Huffman codes with relative indices, the form of Deep Compression (Han et al. 2016, arXiv 1510.00149, sections 2 and 4): the writing side, numpy.
 
-Only symbols other than 0 are stored, each with the number of zeros before it (its gap). A gap has ``bits`` bits; a longer one is split by filler zeros: pairs of the
-largest gap and symbol 0. Gaps and symbols have one canonical code each; ``SEGMENT`` pairs make a segment, whose length in bits is stored so that a reader can take all at once.
+Only symbols other than 0 are stored, each with the number of zeros before it (its gap). A gap has ``bits`` bits; a longer one is split by filler zeros:
+pairs of the largest gap and symbol 0. Gaps and symbols have one canonical code each. ``SEGMENT`` pairs make a segment, whose length in bits is stored,
+so that a reader can take all segments at once.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ CHUNK = 1 << 20
 
 
 def code_lengths(counts: Array, longest: int = LONGEST) -> Array:
-    """Lengths of a Huffman code (uint8 [K], 0 where nothing is counted), at most ``longest`` bits: where a code gets longer, counts are halved and it is made again."""
+    """Lengths of a Huffman code (uint8 [K], 0 where nothing is counted), at most ``longest`` bits: where one gets longer, all counts are halved."""
     c = np.asarray(counts, np.int64)
     used = np.flatnonzero(c).tolist()
     out = np.zeros(len(c), np.uint8)
@@ -93,19 +94,18 @@ class Plan:
 
 def plan(symbols: Array, counts: Array) -> Plan:
     """The index of 4, 5 or 8 bits that makes the tensor smallest. ``counts``: histogram of the flat symbols."""
-    found = {b: [0, np.zeros(1 << b, np.int64)] for b in GAPS}
+    fillers, ends = dict.fromkeys(GAPS, 0), {b: np.zeros(1 << b, np.int64) for b in GAPS}
     for gaps, _ in _gaps(symbols):
-        for b, one in found.items():
-            more = int((gaps >> b).sum())
-            one[0] += more
-            one[1] += np.bincount(gaps & ((1 << b) - 1), minlength=1 << b)
-            one[1][-1] += more
+        for b in GAPS:
+            fillers[b] += int((gaps >> b).sum())
+            ends[b] += np.bincount(gaps & ((1 << b) - 1), minlength=1 << b)
     plans = []
-    for b, (more, gap_counts) in found.items():
-        value_counts = counts.copy()
-        value_counts[0] = more
-        value, gap = code_lengths(value_counts), code_lengths(gap_counts)
-        total, items = int((value * value_counts).sum() + (gap * gap_counts).sum()), int(value_counts.sum())
+    for b in GAPS:
+        values, gaps = counts.copy(), ends[b]
+        values[0] = fillers[b]
+        gaps[-1] += fillers[b]
+        value, gap = code_lengths(values), code_lengths(gaps)
+        total, items = int((value * values).sum() + (gap * gaps).sum()), int(values.sum())
         payload = -(-total // 8)
         plans.append(Plan(b, items, value, gap, payload, payload + (len(value) + len(gap) + 1) // 2 + 2 * -(-items // SEGMENT)))
     return min(plans, key=lambda p: p.size)

@@ -1,7 +1,7 @@
-"""Interleaved range asymmetric numeral systems (Duda 2013, arXiv 1311.2540; lanes as in Giesen 2014, arXiv 1402.3392): the writing side, numpy.
+"""Interleaved range asymmetric numeral systems (rANS; Duda 2013, arXiv 1311.2540; lanes as in Giesen 2014, arXiv 1402.3392): the writing side, numpy.
 
-A lane's state ``x`` is in [2^16, 2^32); symbol ``s`` with frequency ``f`` of ``2^bits`` takes it to ``(x // f << bits) + x % f + start``, after its low 16 bits have gone
-out as a word where it would grow too large. Symbol ``i`` belongs to lane ``i % lanes``; the reader takes lanes in order, so the writer goes backwards.
+A lane's state ``x`` is in [2^16, 2^32); a symbol with frequency ``f`` of ``2^bits`` takes it to ``(x // f << bits) + x % f + start``, after its low 16 bits
+have gone out as a word where it would grow too large. Symbol ``i`` belongs to lane ``i % lanes``; the reader goes forwards, so the writer goes backwards.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def choose(counts: Array) -> tuple[Array, int, float]:
 
 
 def lanes_for(size: int, payload: float) -> int:
-    """Lanes for ``size`` symbols in ``payload`` bytes: a lane costs 2 bytes on top, here 0.4 %; at most 2^16 symbols a lane."""
-    lanes = 1 << max(0, round(math.log2(max(1.0, payload / 512))))
+    """Lanes for ``size`` symbols in ``payload`` bytes: a lane costs 2 bytes on top: 0.4 % up to 512 lanes, then 0.2 %; at most 2^16 symbols a lane."""
+    lanes = 1 << max(0, round(math.log2(max(1.0, min(payload / 512, 512.0), payload / 1024))))
     return max(1, min(1 << 14, size, lanes), -(-size // STEPS))
 
 

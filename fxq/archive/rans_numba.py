@@ -7,18 +7,16 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from fxq.archive.decoder import LOW
-
 Array = np.ndarray[Any, Any]
 BLOCK = 1 << 20
 """Symbols that are encoded at a time."""
 
 
-@njit(nogil=True, cache=True, boundscheck=False)  # type: ignore[untyped-decorator]
-def _decode(words: Array, x: Array, slots: Array, bits: int, values: Array, out: Array) -> int:
+@njit(nogil=True, cache=True, boundscheck=False)
+def _decode(words: Array, x: Array, freq: Array, within: Array, bits: int, values: Array, out: Array) -> Any:
     """-1 when words are missing. Reads stay inside: a slot is below 2^bits, and a row of lanes runs unchecked only where a word is left for each of them."""
     lanes, size, total, pos, one = np.uint64(len(x)), np.uint64(len(out)), np.uint64(len(words)), np.uint64(0), np.uint64(1)
-    mask, shift, low, half, sixteen = np.uint32((1 << bits) - 1), np.uint32(bits), np.uint32(1 << 16), np.uint32(0xFFFF), np.uint32(16)
+    mask, shift, low, sixteen = np.uint32((1 << bits) - 1), np.uint32(bits), np.uint32(1 << 16), np.uint32(16)
     for start in range(np.uint64(0), size, lanes):
         row = out[start : min(start + lanes, size)]
         count = np.uint64(len(row))
@@ -26,7 +24,7 @@ def _decode(words: Array, x: Array, slots: Array, bits: int, values: Array, out:
         for i in range(count):  # unsigned indices: numba would wrap negative ones around
             slot = x[i] & mask
             row[i] = values[slot]
-            v = np.uint32((slots[slot] & half) * (x[i] >> shift) + (slots[slot] >> sixteen))
+            v = np.uint32(np.uint32(freq[slot]) * (x[i] >> shift) + np.uint32(within[slot]))
             grow = v < low
             if checked:
                 if grow and pos >= total:
@@ -39,8 +37,8 @@ def _decode(words: Array, x: Array, slots: Array, bits: int, values: Array, out:
     return np.int64(pos)
 
 
-@njit(nogil=True, cache=True, boundscheck=False)  # type: ignore[untyped-decorator]
-def _encode(symbols: Array, x: Array, tables: Array, words: Array) -> int:
+@njit(nogil=True, cache=True, boundscheck=False)
+def _encode(symbols: Array, x: Array, tables: Array, words: Array) -> Any:
     """Fills ``words`` (as many as symbols) from the end; returns where they begin. ``tables`` [K, 4]: 1 / f, 2^bits - f, start, limit of the state."""
     lanes, pos, zero, one = np.uint64(len(x)), np.uint64(len(words)), np.uint64(0), np.uint64(1)
     for step in range((len(symbols) - 1) // len(x) + 1):
@@ -65,7 +63,9 @@ def decode(words: Array, x: Array, slots: Array, bits: int, values: Array, out: 
     if not (len(slots) == len(values) == 1 << bits and values.dtype == out.dtype and len(x)):
         raise ValueError("tables and precision do not fit")
     kind = np.dtype(f"u{out.dtype.itemsize}")
-    pos = int(_decode(_locked(np.require(words.view("<u2"), np.uint16, "A")), x, _locked(slots), bits, _locked(values.view(kind)), out.view(kind)))
+    freq, within = ((slots >> np.uint32(k) & np.uint32(0xFFFF)).astype(np.uint16) for k in (0, 16))
+    w = np.require(words.view("<u2"), np.uint16, "A")
+    pos = int(_decode(_locked(w), x, _locked(freq), _locked(within), bits, _locked(values.view(kind)), out.view(kind)))
     return pos if pos >= 0 else len(words) // 2 + 1
 
 
@@ -86,6 +86,3 @@ def _locked(array: Array) -> Array:
     view = np.ascontiguousarray(array).view()
     view.flags.writeable = False
     return view
-
-
-assert LOW == 1 << 16
