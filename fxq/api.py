@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
 from fxq import admission, distributed, schemes, targets
@@ -238,15 +239,20 @@ def _compile(net: nn.Module, data: Batches, ctx: PassContext, how: _How) -> Comp
         return _compile_parts(captured, data, ctx, how, ms)
     history = History([take(captured.gm, "trace", ms=ms, skips=tuple(Skip("capture", f"specialised: {n}") for n in notes))])
     ctx.example, ctx.probe = few, few if notes else resized(few, 1)
+    return _model(captured.gm, captured, ctx, how, history)
+
+
+def _model(gm: GraphModule, captured: Captured, ctx: PassContext, how: _How, history: History) -> CompiledModel:
+    """Run the passes on a captured graph; what is trained first is converted unless it was asked for."""
     if ctx.train or ctx.scheme.trains:
         wanted, ctx.train = ctx.train, True
-        training_pipeline(ctx.scheme, how.observer, how.calibrated, how.prune, share=not wanted).run(captured.gm, ctx, history)
-        model = TrainableModel(captured.gm, captured, history, ctx.scheme, ctx.target)
-        report = _pruned(captured.gm)
+        training_pipeline(ctx.scheme, how.observer, how.calibrated, how.prune, share=not wanted).run(gm, ctx, history)
+        model = TrainableModel(gm, captured, history, ctx.scheme, ctx.target)
+        report = _pruned(gm)
         made = model if wanted else model.convert()
     else:
-        pipeline_for(ctx.scheme, how.observer, how.prune, how.portable).run(captured.gm, ctx, history)
-        made, report = CompiledModel(captured.gm, captured, history, ctx.scheme, ctx.target), _pruned(captured.gm)
+        pipeline_for(ctx.scheme, how.observer, how.prune, how.portable).run(gm, ctx, history)
+        made, report = CompiledModel(gm, captured, history, ctx.scheme, ctx.target), _pruned(gm)
     made.prune_report = report
     return made
 
@@ -270,15 +276,13 @@ def _compile_parts(captured: Captured, data: Iterable[tuple[Any, ...]], outer: P
         ctx = PassContext(sch, tgt, example, seen.get(path), inner, outer.progress, states=outer.states, numbers=outer.numbers)
         try:
             asked = None if how.prune is None else how.prune.inside(path, [n for n, _ in gm.named_modules()])
-            pipeline_for(sch, how.observer, asked, how.portable).run(gm, ctx, history)
+            part = _model(gm, captured, ctx, replace(how, prune=asked), history)
         except FxqError as e:
             reached = any(x.numel() for x in tree_leaves(seen.get(path, [])) if isinstance(x, torch.Tensor))
             way_out = e.way_out if reached or not static else f"Give data on which the model uses this part, or keep it float with skip='{path}.*'"
             raise type(e)(e.fact, where=f"{path} / {e.where}" if e.where else path, way_out=way_out) from e
-        part = CompiledModel(gm, captured, history, sch, tgt)
-        part.prune_report = _pruned(gm)
         model.parts[path] = part
-        model.history.snapshots += [replace(s, name=f"{path}/{s.name}") for s in history]
+        model.history.snapshots += [replace(s, name=f"{path}/{s.name}") for s in part.history]
     for path, part in model.parts.items():
         root.set_submodule(path, part.root)
     return model

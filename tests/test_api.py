@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import fxq
 from fxq.errors import CalibrationError, FxqError, LoweringError, TargetError
+from fxq.training import Normed
 
 
 def net() -> nn.Sequential:
@@ -233,6 +234,16 @@ def test_a_model_captured_in_parts_is_pruned_part_by_part() -> None:
     assert m.parts["backbone"].verify(m.parts["backbone"].lower(), data(2)).exact
     kept = fxq.compile(model, calibration=data(), prune=fxq.Prune(ratio=0.5, multiple_of=1, keep=["backbone.0", "head.*"]))
     assert kept.parts["backbone"].prune_report is None
+
+
+@pytest.mark.parametrize("scheme", ["twn_wta8", "deepcomp_w3"])
+def test_parts_of_schemes_that_train_are_deployed_ones(scheme: str) -> None:
+    torch.manual_seed(0)
+    m = fxq.compile(TwoStages().eval(), scheme, calibration=data(), prune=fxq.Prune(sparsity=0.5, sparsity_scope="layer"), progress=False)
+    for part in m.parts.values():
+        assert not any(isinstance(layer, Normed) for layer in part.modules()) and part.history.snapshots[-1].name == "convert-trained"
+        assert all(d <= 0.7 for d in part.densities.values())
+    assert m.parts["backbone"].verify(m.parts["backbone"].lower(), data(2)).ok
 
 
 class TwoStages(Detector):
