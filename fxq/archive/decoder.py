@@ -81,7 +81,7 @@ def record(entry: dict[str, Any], at: int) -> Record:
     r = Record(**{"table": "" if raw else entry["dtype"], **entry, "shape": tuple(shape), "at": at, "dense_bytes": dense})
     need(r.dtype == "F32" and -1 <= r.axis < len(shape) if r.scale else not r.zero and (raw or r.dtype == r.table), "table, scale and dtype do not fit", where)
     lanes = 8 <= r.bits <= 15 and 0 < r.count <= 1 << 16 and size <= r.count * STEPS if coding == "rans" else r.bits in (4, 5, 8) and 0 <= r.count <= size
-    fits = r.bytes == dense and not r.scale if raw else lanes and 0 < r.entries <= 1 << 15
+    fits = r.bytes == dense and not (r.scale or r.table) if raw else lanes and 0 < r.entries <= 1 << 15
     need(fits and r.bytes >= 0, "impossible lengths", where)
     return r
 
