@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxq import graph_json, numerics, targets
+from fxq import __version__, graph_json, numerics, targets
 from fxq import graph_json_rules as rules
 from fxq.archive import encoder
 from fxq.archive.decoder import Archive, Record
@@ -120,7 +120,7 @@ def save_state_dict(tensors: Mapping[str, Tensor], path: str | os.PathLike[str],
             raise ArtifactError(f"a value of type {type(t).__name__} is no tensor", where=str(name), way_out="Leave it out")
         if t.dtype not in DTYPES or t.layout != torch.strided or t.device.type == "meta":
             raise ArtifactError(f"an archive holds no tensor of type {t.dtype}, {t.layout}, on {t.device}", where=name, way_out="Convert it, or leave it out")
-    data, _, _ = encoder.write((plain(name, t) for name, t in tensors.items()), None, coding=coding)
+    data, _, _ = encoder.write((plain(name, t) for name, t in tensors.items()), None, coding=coding, version=__version__)
     return Artifact("archive", data).save(path, force=force)
 
 

@@ -21,7 +21,7 @@ INSIDE = ("op", "weight_grid")
 """Children of a :data:`QUANTIZED` module that a user's name leaves out."""
 GROUPS = {"parameters": (True, True), "buffers": (False, False)}
 """Where tensors of a module stand: are they parameters, do they have gradients."""
-MOST = 1 << 22
+MOST = 1 << 20
 """Greatest number of attributes and meta entries of all modules and nodes of a file."""
 
 

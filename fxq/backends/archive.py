@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import GraphModule
 
-from fxq import archive_report, targets
+from fxq import __version__, archive_report, targets
 from fxq.archive import encoder
 from fxq.archive_items import DTYPES, ENTRIES, plan, require_writable
 from fxq.errors import ArtifactError, LoweringError, nearest
@@ -60,7 +60,7 @@ class ArchiveBackend(Lowering):
         """The file's bytes; ``info`` has the report as JSON and as text, and the bytes by part."""
         start = time.perf_counter()
         made = plan(gm, scheme, target, self.coding != "raw")
-        data, stats, overhead = encoder.write(made.items(), made.head, coding=self.coding)
+        data, stats, overhead = encoder.write(made.items(), made.head, coding=self.coding, version=__version__)
         seconds = time.perf_counter() - start
         found = archive_report.report(stats, overhead)
         found = replace(found, encode_mb_s=found.dense / 1e6 / seconds)

@@ -1,0 +1,438 @@
+"""Archives of models and of plain tensors: what comes back is what was written, bit for bit; what a hostile index asks for is refused."""
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+import fxq
+from fxq import archived, graph_json, graph_slim, schemes, zoo
+from fxq.archive import encoder
+from fxq.archive.decoder import Archive
+from fxq.compiled import CompiledModel
+from fxq.errors import ArchiveError, ArtifactError, LoweringError
+from fxq.modules import Quantized
+from fxq.pruned import PrunedModel
+from fxq.shared import SharedWeight
+from tests.lowbit_nets import Net, X, trained
+
+IMAGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return trained(Net(), X).eval()
+
+
+def compiled(name: str = "iao_w8a8", **options: Any) -> CompiledModel:
+    target = "sm89" if name.startswith("fp8") else "onnxruntime"
+    return fxq.compile(net(), name, calibration=X, target=target, progress=False, **options)
+
+
+def there_and_back(m: CompiledModel, path: Path, **options: Any) -> CompiledModel:
+    return fxq.load(m.lower("archive", **options).save(path / "m.fxq", force=True))
+
+
+def same(m: CompiledModel, again: CompiledModel, *x: Any) -> bool:
+    with torch.no_grad():
+        a, b = m.eval()(*x), again(*x)
+    return bool(a.dtype == b.dtype and torch.equal(a, b))
+
+
+@pytest.mark.parametrize("name", schemes.names())
+def test_every_scheme_comes_back(name: str, tmp_path: Path) -> None:
+    m = compiled(name)
+    again = there_and_back(m, tmp_path)
+    assert type(again) is CompiledModel and not again.training and again.scheme == m.scheme and again.target == m.target
+    assert same(m, again, X) and str(again.float_ops) == str(m.float_ops)
+    assert again.lower("archive").data == m.lower("archive").data
+    assert again.lower("onnx-qdq").data == m.lower("onnx-qdq").data
+    assert [s.name for s in again.history] == ["load"] and again.history["load"].text == m.history.snapshots[-1].text
+
+
+@pytest.mark.parametrize("coding", encoder.CODINGS)
+@pytest.mark.parametrize("name", ["deepcomp_w5", "iao_w8a8", "weight_only_w8"])
+def test_every_coding_gives_the_same_model(name: str, coding: str, tmp_path: Path) -> None:
+    m = compiled(name)
+    assert same(m, there_and_back(m, tmp_path, coding=coding), X)
+    used = {r.coding for r in archived.inspect(tmp_path / "m.fxq").records}
+    assert coding in used or coding == "auto"
+    assert used <= {"raw"} if coding == "raw" else used <= {coding, "raw"} or coding == "auto"
+
+
+def vit() -> nn.Module:
+    return torchvision.models.VisionTransformer(image_size=64, patch_size=16, num_layers=1, num_heads=2, hidden_dim=32, mlp_dim=32)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("build", "name"), [(torchvision.models.shufflenet_v2_x0_5, "iao_w8a8"), (vit, "weight_only_w4_b32")])
+def test_nets_of_torchvision(build: Callable[[], nn.Module], name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    m = fxq.compile(build().eval(), name, calibration=IMAGE, progress=False)
+    again = there_and_back(m, tmp_path)
+    assert same(m, again, IMAGE) and again.lower().data == m.lower().data and again.lower("archive").data == m.lower("archive").data
+
+
+class Tied(nn.Module):
+    """A layer that is called twice behind different batch norms, an embedding tied to the output layer, a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.fc, self.out = nn.Embedding(40, 16), nn.Linear(16, 16), nn.Linear(16, 40, bias=False)
+        self.out.weight = self.emb.weight
+        self.conv, self.one, self.two = nn.Conv1d(5, 5, 3, padding=1), nn.BatchNorm1d(5), nn.BatchNorm1d(5)
+        self.register_buffer("k", torch.arange(16.0) / 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.emb(x) * self.k
+        y = F.relu(self.two(self.conv(F.relu(self.one(self.conv(y))))))
+        return self.out(self.fc(F.relu(self.fc(y))))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", ["float", "iao_w8a8", "weight_only_w8", "deepcomp_w5"])
+def test_weights_that_were_one_are_one(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randint(0, 40, (2, 5))
+    plain = Tied()
+    with torch.no_grad():
+        for norm in (plain.one, plain.two):
+            norm.weight.uniform_(0.5, 2)
+    m = fxq.compile(plain.eval(), name, calibration=x, progress=False)
+    again = there_and_back(m, tmp_path)
+    assert same(m, again, x) and again.lower("archive").data == m.lower("archive").data
+    live = {id(p) for n in m.graph_module.graph.nodes if n.op == "call_module" for p in m.graph_module.get_submodule(str(n.target)).parameters()}
+    assert len({id(p) for p in again.parameters()}) == len(live)
+    state = fxq.load_state_dict(tmp_path / "m.fxq")
+    assert torch.equal(state["fc.weight"], state["fc_1.weight"]) and state["out.weight"].shape == state["emb.weight"].shape
+    assert torch.equal(state["out.weight"], state["emb.weight"]) or name == "deepcomp_w5"  # the embedding keeps its weights
+
+
+def test_the_names_are_those_of_the_layers(tmp_path: Path) -> None:
+    m = compiled()
+    state = fxq.load_state_dict(m.lower("archive").save(tmp_path / "m.fxq"))
+    assert {"a.weight", "a.bias", "b.weight", "up.weight", "d.weight", "fc.weight", "fc.bias"} <= set(state)
+    layers = {path: q for path, q in m.graph_module.named_modules() if isinstance(q, Quantized)}
+    for path, q in layers.items():
+        grid = q.weight_grid
+        assert torch.equal(state[f"{path}.weight"], grid(q.op.weight).detach())
+    assert not any(".op." in k or k.startswith("@") for k in state)
+    assert {k.rpartition(".")[0] for k in state} == {*layers, "up"}
+
+
+def test_block_weights_have_their_names(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    m = fxq.compile(nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3)).eval(), "weight_only_w4_b32", example=torch.randn(2, 64), progress=False)
+    artifact = m.lower("archive")
+    state = fxq.load_state_dict(artifact.save(tmp_path / "m.fxq"))
+    q = m.graph_module.get_submodule("0")
+    assert isinstance(q, Quantized) and torch.equal(state["0.weight"], q.weight_grid(q.op.weight).detach())
+    assert set(state) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    (row,) = (r for r in artifact.info["archive"]["rows"] if r["name"] == "@0.weight")
+    assert row["dense"] == 4 * 64 * 8  # its codes stand for float32 weights
+
+
+CODE = """
+import sys, torch, fxq
+d = torch.load(sys.argv[2], weights_only=True)
+m = fxq.load(sys.argv[1])
+assert torch.equal(m(d["x"]), d["y"]) and "mine" not in sys.modules
+print(len(m.lower().data))
+"""
+
+
+def test_another_process_needs_no_class(tmp_path: Path) -> None:
+    m = compiled("deepcomp_w5")
+    m.lower("archive").save(tmp_path / "m.fxq")
+    torch.save({"x": X, "y": m(X).detach()}, tmp_path / "xy.pt")
+    run = subprocess.run([sys.executable, "-c", CODE, str(tmp_path / "m.fxq"), str(tmp_path / "xy.pt")], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) == len(m.lower().data)
+
+
+def steps(m: nn.Module) -> None:
+    g = torch.Generator().manual_seed(5)
+    opt = torch.optim.Adam(m.parameters(), lr=1e-2)  # codebooks of integer layers are in units of their scales
+    for _ in range(3):
+        opt.zero_grad()
+        F.cross_entropy(m(X), torch.randint(0, 5, (len(X),), generator=g)).backward()
+        opt.step()
+
+
+@pytest.mark.parametrize("options", [{"name": "deepcomp_w5"}, {"name": "iao_w8a8", "share": fxq.Share(4)}])
+def test_a_loaded_model_trains_on(options: dict[str, Any], tmp_path: Path) -> None:
+    float_net = net()
+    with torch.no_grad():
+        for m in float_net.modules():
+            if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+                m.weight[m.weight.abs() < m.weight.abs().median()] = 0
+    made = fxq.compile(float_net, options["name"], calibration=X, progress=False, share=options.get("share"))
+    m, again = made, there_and_back(made, tmp_path)
+    layers = [(p, q) for p, q in again.graph_module.named_modules() if isinstance(q, SharedWeight)]
+    assert len(layers) == 6
+    books, codes, weights = ([getattr(q, k).detach().clone() for _, q in layers] for k in ("book", "codes", "weight"))
+    steps(again.train())
+    steps(m.train())
+    for (path, q), book, code, weight in zip(layers, books, codes, weights, strict=True):
+        assert not torch.equal(q.book, book) and torch.equal(q.codes, code) and bool((q.codes == 0).any()), path
+        assert torch.equal(q.weight == 0, weight == 0) and len(q.weight.unique()) <= len(weight.unique()) + 1, path
+    assert same(m, again.eval(), X)  # as the one that was never written
+    third = there_and_back(again, tmp_path)
+    assert same(again, third, X)
+
+
+def test_float_weights_of_integer_layers_train_on(tmp_path: Path) -> None:
+    m = compiled()
+    again = there_and_back(m, tmp_path)
+    before = [p.detach().clone() for p in again.parameters()]
+    steps(again.train())
+    assert any(not torch.equal(a, b) for a, b in zip(before, again.parameters(), strict=True))
+    assert same(again.eval(), there_and_back(again, tmp_path), X)
+
+
+def test_a_pruned_model_comes_back_and_compiles(tmp_path: Path) -> None:
+    p = fxq.prune(net(), fxq.Prune(ratio=0.25, multiple_of=2), example=X, progress=False)
+    again = there_and_back(p, tmp_path)
+    assert type(again) is PrunedModel and same(p, again, X)
+    assert any(isinstance(m, nn.BatchNorm2d) for m in again.modules())
+    steps(again.train())
+    m = fxq.compile(again.eval(), calibration=X, progress=False)
+    assert same(m, there_and_back(m, tmp_path), X)
+    assert "running_mean" in " ".join(fxq.load_state_dict(p.lower("archive").save(tmp_path / "p.fxq")))
+
+
+def test_models_that_have_no_archive() -> None:
+    q = fxq.compile(net(), mode="qat", calibration=X, progress=False)
+    with pytest.raises(LoweringError, match=r"the model is in training. Call convert\(\)"):
+        q.lower("archive")
+
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+
+        def forward(self, x: Tensor) -> Any:
+            y = self.inner(x)
+            return [y.tolist()] if float(y.sum()) > -1e9 else y
+
+    parts = fxq.compile(Branch().eval(), "float", example=torch.randn(2, 4), progress=False)
+    with pytest.raises(LoweringError, match=r"captured in 1 parts and has no single graph. Use one part, m.parts\[path\]"):
+        parts.lower("archive")
+
+
+ALL = {
+    "half": torch.randn(5, 7).half(), "bf16": torch.randn(3, 4, 5).bfloat16(), "double": torch.randn(9).double(), "bool": torch.rand(33) > 0.5,
+    "long": torch.tensor([-(2**62), 0, 2**62]), "int": torch.tensor([[1], [-(2**31)]], dtype=torch.int32), "short": torch.arange(-9, 9, dtype=torch.int16),
+    "byte": torch.arange(256, dtype=torch.uint8), "char": torch.arange(-128, 128, dtype=torch.int8), "ushort": torch.tensor([65535], dtype=torch.uint16),
+    "uint": torch.tensor([2**32 - 1], dtype=torch.uint32), "empty": torch.empty(0, 3), "scalar": torch.tensor(2.5), "few": torch.randint(0, 3, (64, 64)).float(),
+    "odd": torch.tensor([float("nan"), float("-nan"), 0.0, -0.0, float("inf"), 1e-45]), "ünï/cödé": torch.ones(2), "transposed": torch.randn(4, 6).T,
+    "@x": torch.zeros(3), "a:scale": torch.ones(1), "long empty": torch.empty(0, dtype=torch.int64), "scalar bf16": torch.tensor(1.5, dtype=torch.bfloat16),
+    "same": torch.full((50, 50), -0.0), "few bf16": torch.randint(0, 3, (64, 64)).bfloat16(),
+}  # fmt: skip
+
+
+def bits(t: Tensor) -> bytes:
+    return bytes(t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()) if t.numel() else b""
+
+
+@pytest.mark.parametrize("coding", encoder.CODINGS)
+def test_plain_tensors_keep_every_bit(coding: str, tmp_path: Path) -> None:
+    path = fxq.save_state_dict(ALL, tmp_path / "t.fxq", coding=coding)
+    again = fxq.load_state_dict(path)
+    assert list(again) == list(ALL)
+    for name, t in ALL.items():
+        assert again[name].dtype == t.dtype and again[name].shape == t.shape and bits(again[name]) == bits(t), name
+        again[name].fill_(1)  # it can be written to
+    with pytest.raises(ArchiveError, match=r"t.fxq: it holds plain tensors, no model. Read them with fxq.load_state_dict"):
+        fxq.load(path)
+
+
+def test_tensors_come_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = fxq.save_state_dict({str(i): torch.full((4,), float(i)) for i in range(5)}, tmp_path / "t.fxq")
+    decoded: list[str] = []
+    dense = Archive.dense
+    monkeypatch.setattr(Archive, "dense", lambda self, r: (decoded.append(r.name), dense(self, r))[1])
+    pairs = fxq.iter_state_dict(path)
+    assert decoded == [] and next(pairs)[0] == "0" and decoded == ["0"]
+    assert next(pairs)[0] == "1" and decoded == ["0", "1"]
+    pairs.close()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "text"),
+    [
+        ({"a": 1}, "a: a value of type int is no tensor. Leave it out"),
+        ({"a": torch.ones(2, dtype=torch.complex64)}, "an archive holds no tensor of type torch.complex64"),
+        ({"a": torch.ones(2).to_sparse()}, "an archive holds no tensor of type torch.float32, torch.sparse_coo"),
+        ({"a": torch.ones(2, device="meta")}, "on meta"),
+        ({"": torch.ones(2)}, "a tensor has no name"),
+    ],
+)
+def test_what_is_no_tensor_is_refused(tensors: dict[str, Any], text: str, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=text):
+        fxq.save_state_dict(tensors, tmp_path / "t.fxq")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_there_stays(tmp_path: Path) -> None:
+    path = fxq.save_state_dict({"a": torch.ones(2)}, tmp_path / "t.fxq")
+    before = path.read_bytes()
+    with pytest.raises(ArtifactError, match="the file exists"):
+        fxq.save_state_dict({"a": torch.zeros(2)}, path)
+    assert path.read_bytes() == before
+    assert fxq.load_state_dict(fxq.save_state_dict({"a": torch.zeros(2)}, path, force=True))["a"].tolist() == [0, 0]
+
+
+def test_a_bound_on_memory(tmp_path: Path) -> None:
+    m = compiled()
+    path = m.lower("archive").save(tmp_path / "m.fxq")
+    need = archived.inspect(path).dense
+    for read in (fxq.load, fxq.load_state_dict):
+        with pytest.raises(ArchiveError, match=r"m.fxq: .*bytes when decoded. Pass max_bytes= if you trust the file"):
+            read(path, max_bytes=need - 1)
+    with pytest.raises(ArchiveError, match="need more memory than its size explains. Pass max_bytes="):
+        fxq.load(path, max_bytes=need)  # scales and zero points come to it
+    assert same(m, fxq.load(path, max_bytes=2 * need), X)
+
+
+def test_slim_is_exact() -> None:
+    for name in ("float", "iao_w8a8", "xnor_w1a1_k", "weight_only_w4"):
+        w = graph_json.Writer()
+        given = w.graph(compiled(name).graph_module)
+        refs: dict[str, str | int] = {k: i if i % 3 == 0 else f"/{k}" for i, k in enumerate(w.tensors)}
+        short = json.loads(json.dumps(graph_slim.slim(given, refs)))
+        again = graph_slim.full(short)
+
+        def named(v: Any) -> Any:
+            if isinstance(v, dict) and v.get("tensor") in refs and "parameter" in v:
+                return {**v, "tensor": refs[v["tensor"]]}  # noqa: B023
+            return {k: named(x) for k, x in v.items()} if isinstance(v, dict) else [named(x) for x in v] if isinstance(v, list) else v
+
+        def untrained(v: Any) -> Any:
+            if isinstance(v, dict):
+                return {k: False if k == "training" else untrained(x) for k, x in v.items()}
+            return [untrained(x) for x in v] if isinstance(v, list) else v
+
+        assert json.dumps(again, sort_keys=True) == json.dumps(untrained(named(given)), sort_keys=True)
+        assert len(json.dumps(short)) < len(json.dumps(given)) / 2
+
+
+def remade(m: CompiledModel, edit: Callable[[Any], Any], path: Path) -> Path:
+    """The archive of a model with an edited index; its checksum is right."""
+    made = archived.to_items(m)
+    head = json.loads(json.dumps(made.head))
+    edit(head)
+    path.write_bytes(encoder.write(made.items(), head, version=fxq.__version__)[0])
+    return path
+
+
+SEQ = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 40, 1)).eval()
+
+
+@pytest.fixture(scope="module")
+def small() -> CompiledModel:
+    torch.manual_seed(0)
+    return fxq.compile(copy.deepcopy(SEQ), calibration=torch.randn(2, 3, 8, 8), progress=False)
+
+
+def product(head: Any) -> Any:
+    (entry,) = (e for e in head["small"] if isinstance(e, dict) and "product" in e)
+    return entry
+
+
+def listed(head: Any) -> Any:
+    return next(e for e in head["small"] if isinstance(e, list))
+
+
+HOSTILE: list[tuple[Callable[[Any], Any], str]] = [
+    (lambda h: h.update(kind="trainable"), "a model of the unknown kind 'trainable'. Update fxq"),
+    (lambda h: h.update(target="nowhere"), "unknown target"),
+    (lambda h: h.pop("scheme"), "its graph is damaged: KeyError"),
+    (lambda h: h["scheme"].update(name=5), "."),
+    (lambda h: h["scheme"].update(method="evil"), "unknown method"),
+    (lambda h: h["scheme"].update(evil=1), "."),
+    (lambda h: h.pop("graph"), "KeyError"),
+    (lambda h: h.update(graph=[]), "damaged"),
+    (lambda h: h["graph"]["templates"][0].update({"class": "subprocess.Popen"}), "the class 'subprocess.Popen', which no file may hold"),
+    (lambda h: h["graph"]["templates"].clear(), "its graph is damaged: IndexError"),
+    (lambda h: h["graph"]["templates"][0].setdefault("has", {}).update({"a.forward": 1}), "sets the attribute 'forward'"),
+    (lambda h: h["graph"]["nodes"].append({"to": "os.system", "op": "call_function"}), "which no file may hold"),
+    (lambda h: h["graph"]["nodes"].insert(0, {"to": "x=print(1)", "op": "placeholder", "name": "y"}), "is no name"),
+    (lambda h: h["graph"]["nodes"].append({"to": "0", "args": {"node": "nowhere"}}), "damaged"),
+    (lambda h: h["graph"]["nodes"].insert(1, {"not": ["shape"], "to": "0"}), "damaged"),
+    (lambda h: h["graph"].update(grids={"x": {"spec": 1}}), "."),
+    (lambda h: h["graph"].update(tensors={"x": "/nowhere"}), "it names the tensor '/nowhere', which is not there"),
+    (lambda h: h["graph"].update(tensors={"x": "/0.weight:evil"}), "it names the tensor '/0.weight:evil'"),
+    (lambda h: h["graph"].update(tensors={"x": "/0.bias:symbols"}), "is stored raw: it has neither table nor symbols"),
+    (lambda h: h["graph"].update(tensors={"x": "/0.weight:zero"}), "it has no zero"),
+    (lambda h: h["graph"].update(tensors={"x": 99}), "it names the small tensor 99, which is not there"),
+    (lambda h: h["graph"].update(tensors={"x": -1}), "it names the small tensor -1"),
+    (lambda h: h["graph"].update(tensors={"x": {"a": 1}}), "names no tensor"),
+    (lambda h: product(h).update(product=[h["small"].index(product(h)), 0]), "it names the small tensor"),
+    (lambda h: product(h).update(product=["/0.weight", "/2.bias"]), "the factors of the small tensor .* do not fit"),
+    (lambda h: product(h).update(product=[0]), "damaged"),
+    (lambda h: listed(h).__setitem__(0, "F99"), "KeyError"),
+    (lambda h: listed(h).__setitem__(1, [1 << 21]), "does not fit its shape"),
+    (lambda h: listed(h).__setitem__(1, [-1]), "does not fit its shape"),
+    (lambda h: listed(h).__setitem__(1, [3]), "."),
+    (lambda h: listed(h).__setitem__(2, "zz"), "ValueError"),
+    (lambda h: (h["small"].append(["U8", [1 << 20], "00"]), h["graph"].update(tensors={f"x{i}": len(h["small"]) - 1 for i in range(200)})), "need more memory than its size"),
+]
+
+
+@pytest.mark.parametrize(("edit", "text"), HOSTILE)
+def test_an_index_that_wants_more_is_refused(small: CompiledModel, edit: Callable[[Any], Any], text: str, tmp_path: Path) -> None:
+    path = remade(small, edit, tmp_path / "m.fxq")
+    with pytest.raises(ArchiveError, match=text) as e:
+        fxq.load(path)
+    assert str(path) in str(e.value) and len(str(e.value).splitlines()) == 1 and e.value.way_out
+
+
+def test_templates_do_not_multiply(small: CompiledModel, tmp_path: Path) -> None:
+    def edit(head: Any) -> None:
+        g = head["graph"]
+        g["templates"].append({"class": "torch.nn.modules.activation.ReLU", "has": {f"a.x{i}": 0 for i in range(2000)}})
+        g["modules"].update({f"m{i}": len(g["templates"]) - 1 for i in range(2000)})
+
+    with pytest.raises(ArchiveError, match="its graph has more than 1,048,576 entries"):
+        fxq.load(remade(small, edit, tmp_path / "m.fxq"))
+
+
+def test_it_is_untouched_otherwise(small: CompiledModel, tmp_path: Path) -> None:
+    path = remade(small, lambda h: None, tmp_path / "m.fxq")
+    assert path.read_bytes() == small.lower("archive").data and same(small, fxq.load(path), torch.randn(2, 3, 8, 8))
+
+
+def test_damaged_and_foreign_files(small: CompiledModel, tmp_path: Path) -> None:
+    path = small.lower("archive").save(tmp_path / "m.fxq")
+    raw = path.read_bytes()
+    saved = fxq.save(small, tmp_path / "saved.fxq")
+    assert same(small, fxq.load(saved), torch.randn(2, 3, 8, 8))
+    (tmp_path / "short.fxq").write_bytes(raw[:-3])
+    flipped = bytearray(raw)
+    flipped[-20] ^= 1
+    (tmp_path / "flipped.fxq").write_bytes(flipped)
+    newer = raw.replace(b'"version":"1"', b'"version":"2"')
+    (tmp_path / "newer.fxq").write_bytes(newer)
+    (tmp_path / "zero.fxq").write_bytes(b"")
+    for name, text in (("short", "size"), ("flipped", "the checksum is wrong"), ("newer", "has version '2', this fxq reads 1. Update fxq")):
+        for read in (fxq.load, fxq.load_state_dict):
+            with pytest.raises(ArchiveError, match=rf"{name}.fxq: .*{text}"):
+                read(tmp_path / f"{name}.fxq")
+    for name in ("zero", "missing", "saved"):
+        with pytest.raises(ArchiveError, match=rf"{name}.fxq"):
+            fxq.load_state_dict(tmp_path / f"{name}.fxq")
+
+
+def test_zoo_net_has_a_small_index(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    m = fxq.compile(zoo.resnet20().eval(), "deepcomp_w5", example=torch.randn(1, 3, 32, 32), progress=False)
+    info = m.lower("archive").info
+    assert info["bytes"]["index"] < 3000, info["bytes"]
