@@ -1,9 +1,11 @@
 """The documentation is true: its code runs, its tables are the code's, its links lead somewhere."""
 
 import ast
+import json
 import re
 import shlex
 import tomllib
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,8 @@ import torch
 from PIL import Image
 
 from fxq import cli, command, errors, schemes, targets
+from fxq.archive.decoder import Archive
+from fxq.archive.encoder import Factored, write
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
@@ -41,7 +45,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-RUNNABLE = "quickstart schemes tensorrt training pruning doctor interop portability lint debugging compression"
+RUNNABLE = "quickstart schemes tensorrt training pruning doctor interop portability lint debugging compression archive"
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{p}.md" for p in RUNNABLE.split())])
@@ -102,6 +106,30 @@ def test_commands_of_the_tensorrt_page_run(here: Path) -> None:
         _, program, *args = shlex.split(line)
         assert (cli.main(args) if program == "fxq-lower" else command.main(args)) == 0, line
     assert {"resnet18.engine", "resnet18.trt.onnx", "resnet18.cache"} <= {p.name for p in here.iterdir()}
+
+
+def test_commands_of_the_archive_page_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, *lines = [shlex.split(line) for block in blocks("docs/archive.md", "console") for line in block.splitlines() if line]
+    assert first[1] == "fxq-lower" and cli.main(first[2:]) == 0 and "bytes in the file" in capsys.readouterr().out
+    assert [line[1:3] for line in lines] == [["fxq", "inspect"]] * 2
+    for line in lines:
+        assert command.main(line[2:]) == 0 and "features.0.weight" in capsys.readouterr().out, line
+
+
+def test_worked_examples_of_the_archive_page_decode() -> None:
+    first, *indices = map(json.loads, blocks("docs/archive.md", "json"))
+    files = [bytes.fromhex("".join(line.partition("#")[0] for line in block.splitlines())) for block in blocks("docs/archive.md", "hex")]
+    assert len(files) == len(indices) == 2
+    for raw, index in zip(files, indices, strict=True):
+        with Archive(raw) as archive:
+            (r,) = archive.records
+            assert archive.dense(r).tolist() == first and archive.table(r).tolist() == [0, 3, -2] and archive.scale(r).tolist() == [0.5, 0.25, 1.0]
+            start = 8 + int.from_bytes(raw[:8], "little")
+            assert json.loads(zlib.decompress(raw[start : r.at])) == index and index["records"][0]["coding"] == r.coding
+            item = Factored("w", archive.symbols(r), archive.table(r), "F32", archive.scale(r))
+        again = write([item], None, coding=r.coding, version="0.1.0")[0]
+        assert again[-r.bytes :] == raw[r.at :]  # what is written today, apart from the packing of the index
+    assert [r["coding"] for index in indices for r in index["records"]] == ["rans", "huffman"]
 
 
 def test_schemes_are_those_of_the_code() -> None:
