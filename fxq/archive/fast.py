@@ -16,7 +16,7 @@ import numpy as np
 from fxq.archive import decoder
 
 Array = np.ndarray[Any, Any]
-WORTH, FEW = 1 << 20, 24
+WORTH, FEW = 1 << 20, 40
 """Symbols from which on numba is loaded; lanes below which numpy's calls cost more than Python's loop."""
 
 

@@ -57,11 +57,11 @@ def test_all_loops_read_and_write_the_same(made: tuple[Array, Array, int, int]) 
     f = np.maximum(freq, 1).astype(np.float64)
     tables = np.stack([1 / f, (1 << bits) - f, np.cumsum(freq) - freq, f * 2.0 ** (32 - bits)])
     written = []
-    for write in (rans.lockstep, rans_numba.encode):
+    for write in (rans.lockstep, rans.one_by_one, rans_numba.encode):
         x = np.full(lanes, float(1 << 16))
         words = np.concatenate([*write(symbols, x, tables)[::-1], np.empty(0, np.uint16)])
         written.append((words.tolist(), x.tolist()))
-    assert written[0] == written[1]
+    assert written[0] == written[1] == written[2]
     words, state = np.array(written[0][0], np.uint16), np.array(written[0][1]).astype(np.uint32)
     for name in LOOPS:
         out, used, x = decode(name, words, state, freq, bits, len(symbols))
