@@ -11,6 +11,7 @@ from fxq.errors import InputError, nearest
 from fxq.graph import grid_of, kind, module_of, swap_module
 from fxq.modules import WEIGHTED, Clamp, FakeQuantize, Quantized
 from fxq.selectors import Selector, matches
+from fxq.shared import SharedWeight
 from fxq.states import State
 
 WHY = "kept float by with_float"
@@ -51,6 +52,8 @@ def with_float(gm: GraphModule, selectors: Sequence[Selector], floats: dict[str,
         module = module_of(new, node) if node.op == "call_module" else None
         if isinstance(module, Quantized):
             swap_module(new, node, floats.get(str(node.target), module.op))
+        if isinstance(module, SharedWeight) and str(node.target) in floats:
+            swap_module(new, node, floats[str(node.target)])
         if isinstance(module, FakeQuantize):
             _unround(new, node)
             continue

@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from fxq import numerics
 from fxq.graph import grid_of, kind
 from fxq.modules import FakeQuantize, Quantized, call_with
+from fxq.shared import SharedWeight
 from fxq.spec import QParams, QuantSpec
 from fxq.states import State
 from fxq.weight_ranges import weight_range
@@ -24,7 +25,7 @@ CHANNELS = {"conv": 0, "linear": 0, "conv_transpose": 1}
 
 
 class LayerSwitch(nn.Module):
-    """Stands in for a :class:`~fxq.modules.Quantized` layer.
+    """Stands in for a :class:`~fxq.modules.Quantized` layer, or for a float one whose weights share a codebook.
 
     Attributes:
         made: the layer as compiled; float: the layer it was made from.
@@ -32,7 +33,9 @@ class LayerSwitch(nn.Module):
             the energies of signal and of noise are added to ``energy``).
     """
 
-    def __init__(self, made: Quantized, floating: nn.Module, kind_name: str) -> None:
+    made: Any
+
+    def __init__(self, made: Quantized | SharedWeight, floating: nn.Module, kind_name: str) -> None:
         super().__init__()
         self.made, self.floating, self.kind_name, self.mode = made, floating, kind_name, ON
         self._ideal: Tensor | None = None
@@ -40,7 +43,7 @@ class LayerSwitch(nn.Module):
         self.energy = [0.0, 0.0]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.mode == ON:
+        if self.mode == ON or self.mode == IDEAL and isinstance(self.made, SharedWeight):  # a codebook is fitted to its weight already
             out: Tensor = self.made(x)
             return out
         if self.mode == OFF:
@@ -125,8 +128,11 @@ class Toggles:
         self.grids: dict[str, list[str]] = {}
         for node in gm.graph.nodes:
             module = parts.get(str(node.target)) if node.op == "call_module" else None
-            if isinstance(module, Quantized):
-                given = (floats or {}).get(str(node.target))
+            given = (floats or {}).get(str(node.target))
+            if isinstance(module, SharedWeight) and given is not None:
+                parts[str(node.target)] = self.layers[node.name] = LayerSwitch(module, given, kind(gm, node))
+                self.paths[node.name] = str(node.target)
+            elif isinstance(module, Quantized):
                 parts[str(node.target)] = self.layers[node.name] = LayerSwitch(module, module.op if given is None else given, kind(gm, node))
                 self.paths[node.name] = str(node.target)
             elif isinstance(module, FakeQuantize):

@@ -212,3 +212,15 @@ def test_refused() -> None:
         plain.share_weights()
     with pytest.raises(FxqError, match="need masks"):
         fxq.prune(net(1), fxq.Prune(sparsity=0.5), example=X[:2])
+
+
+def test_what_sharing_costs_layer_by_layer() -> None:
+    """The debugger switches shared weights back to those they were clustered from."""
+    m = fxq.compile(net(1), "deepcomp_w2", example=X[:8], progress=False)
+    whole = fxq.compile(net(1), "float", example=X[:8], progress=False)
+    rows = m.sensitivity([X[:8]], per="layer").rows
+    assert sorted(r.name for r in rows) == ["a", "b", "c", "fc"] and all(0 < r.alone < 60 for r in rows)
+    with torch.inference_mode():
+        assert torch.allclose(m.with_float("a", "b", "c", "fc")(X), whole(X), atol=1e-5)
+        assert not torch.allclose(m.with_float("a")(X), m(X), atol=1e-3)
+    assert "nothing wrong" in str(m.bisect("sqnr", [X[:8]]))
