@@ -37,6 +37,8 @@ ENTRIES = 1 << 15
 PARTS = ("symbols", "book", "scale", "zero")
 """Parts of a record that a reference can name behind its colon."""
 INSIDE_SHARED = ("codes", "book", "rows")
+MARKS = ("weight_masked", "mask_scope", "mask_level", "mask_kept")
+"""What pruning notes on layers for passes to come: of no use behind the last one, and a mask has the size of a weight."""
 
 
 @dataclass
@@ -259,9 +261,17 @@ def _bases(gm: GraphModule) -> dict[str, str]:
 def _needed(gm: GraphModule, graph: dict[str, Any], live: set[int], read: set[str]) -> dict[str, Any]:
     """The JSON without modules and tensors that no node runs or reads (float layers that a rewrite replaced); what holds others is a bare ``Module``."""
 
+    done = any("integer" in n.meta for n in gm.graph.nodes)
+
+    def whole(entry: Any) -> Any:
+        if not done or entry is None or "ref" in entry:
+            return entry
+        plain = {k: v for k, v in entry["attributes"].items() if k not in MARKS}
+        return {**entry, "attributes": plain, "children": {name: whole(c) for name, c in entry["children"].items()}}
+
     def kept(entry: dict[str, Any] | None, path: str) -> dict[str, Any] | None:
         if entry is None or id(gm.get_submodule(path)) in live or "ref" in entry:
-            return entry if entry is not None and id(gm.get_submodule(path)) in live else None
+            return whole(entry) if entry is not None and id(gm.get_submodule(path)) in live else None
         children = {name: c for name, child in entry["children"].items() if (c := kept(child, f"{path}.{name}")) is not None}
         own = {g: {k: t for k, t in entry[g].items() if f"{path}.{k}" in read} for g in ("parameters", "buffers")}
         if not children and not any(own.values()):
