@@ -45,7 +45,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-RUNNABLE = "quickstart schemes tensorrt training pruning doctor interop portability lint debugging compression archive"
+RUNNABLE = "quickstart schemes tensorrt training pruning doctor interop portability lint debugging compression archive shared_weights"
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{p}.md" for p in RUNNABLE.split())])

@@ -146,6 +146,8 @@ def test_starts_are_what_they_say() -> None:
     assert kmeans._start(points, 3, "linear").tolist() == [1, 50.5, 100]
     assert kmeans._start(points, 3, "density").tolist() == [1, 3, 100]
     assert kmeans._start(points, 2, "quantile").tolist() == torch.quantile(x, torch.tensor([0.25, 0.75])).tolist()
+    hundred = points_of(torch.arange(1.0, 101).numpy())
+    assert kmeans._start(hundred, 5, "density").tolist() == [1, 25, 50, 75, 100]
     y = torch.tensor([5.0, 5, 5, -1, -1, 2])
     got = kmeans._start(points_of(y.numpy()), 5, "quantile")
     assert got.tolist() == pytest.approx(torch.quantile(y, (torch.arange(5) + 0.5) / 5).unique().tolist())
