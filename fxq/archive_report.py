@@ -67,13 +67,14 @@ class ArchiveReport:
 
     Attributes:
         rows: a tensor each. index: bytes of the index. header: of the container's header.
-        encode_mb_s: dense megabytes a second that were encoded, or ``None`` when it was not measured.
+        encode_mb_s, decode_mb_s: dense megabytes a second that were encoded and read again, or ``None`` when it was not measured.
     """
 
     rows: tuple[Row, ...]
     index: int
     header: int
     encode_mb_s: float | None = None
+    decode_mb_s: float | None = None
 
     @property
     def bytes(self) -> int:
@@ -101,7 +102,7 @@ class ArchiveReport:
         total = {k: sum(getattr(r, k) for r in self.rows) for k in names}
         return {
             "rows": [{**asdict(r), "file": r.file} for r in self.rows], "total": {**total, "index": self.index, "header": self.header, "file": self.bytes},
-            "ratio": self.ratio, "encode_mb_s": self.encode_mb_s,
+            "ratio": self.ratio, "encode_mb_s": self.encode_mb_s, "decode_mb_s": self.decode_mb_s,
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -109,10 +110,10 @@ class ArchiveReport:
         body = [_cells(r.name, r.coding, vars(r)) for r in self.rows]
         lines = aligned(("tensor", "coding", "values", "not 0", "dense", "pruned", "shared", "coded", "overhead", "entropy"), [*body, _cells("all", "", t)])
         parts = f"index {self.index:,}, header {self.header:,}"
-        speed = f"; encoded at {self.encode_mb_s:,.0f} MB/s" if self.encode_mb_s is not None else ""
+        speeds = [f"{what} at {v:,.0f} MB/s" for what, v in (("encoded", self.encode_mb_s), ("decoded", self.decode_mb_s)) if v is not None]
         over = 100 * (self.bytes / self.bound - 1) if self.bound else 0.0
-        end = f"{self.bytes:,} bytes in the file ({parts}), {self.ratio:.1f} times smaller than dense, {over:.1f} % above the entropy{speed}"
-        return "\n".join([*lines[:-1], lines[1], lines[-1], end])
+        end = f"{self.bytes:,} bytes in the file ({parts}), {self.ratio:.1f} times smaller than dense, {over:.1f} % above the entropy"
+        return "\n".join([*lines[:-1], lines[1], lines[-1], "; ".join([end, *speeds])])
 
 
 def _cells(name: str, coding: str, v: Any) -> list[str]:
