@@ -208,3 +208,14 @@ def test_not_finite_is_refused(bad: float) -> None:
 def test_arguments_out_of_range_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(FxqError, match="fc: "):
         codebook(torch.randn(50), **{"k": 4, "name": "fc"} | bad)  # type: ignore[arg-type]
+
+
+def test_subnormal_numbers_that_the_processor_takes_for_zero() -> None:
+    x = torch.tensor([1e-40, 2e-40, -1e-41, 1, 2]).repeat(20_000)
+    if not torch.set_flush_denormal(True):
+        return
+    try:
+        codes, book = cluster(x, 8)
+    finally:
+        torch.set_flush_denormal(False)
+    assert abs(float(book[0])) < 1e-38 and book[1:].tolist() == [1, 2] and codes[:5].tolist() == [1, 1, 1, 2, 3]
