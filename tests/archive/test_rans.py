@@ -102,6 +102,22 @@ def test_numba_refuses_tables_that_could_be_read_past() -> None:
         rans_numba.decode(np.zeros(0, np.uint8), np.full(1, 1 << 16, np.uint32), np.zeros(255, np.uint32), 8, np.zeros(256, np.uint8), np.zeros(1, np.uint8))
 
 
+def test_numba_stops_before_the_word_that_is_missing() -> None:
+    freq, one = np.array([1, 255]), np.uint16(0)
+    symbol, table = slots(freq, 8)
+    x = np.full(3, 1 << 16, np.uint32)  # each lane has symbol 0, and needs a word after it
+    locked = [rans_numba._locked(a) for a in (np.full(2, one), (table & 0xFFFF).astype(np.uint16), (table >> 16).astype(np.uint16), symbol.astype(np.uint8))]
+    words, low, high, values = locked
+    assert rans_numba._decode(words, x, low, high, 8, values, np.zeros(3, np.uint8)) == -1
+
+
+def test_frequencies_that_do_not_add_up_are_refused() -> None:
+    blob = np.frombuffer(rans.varints(np.array([100, 100])) + np.array([1 << 16], "<u4").tobytes(), np.uint8)
+    r = decoder.Record("w", "U8", (0,), "rans", len(blob), 0, entries=2, bits=8, count=1)
+    with pytest.raises(ArchiveError, match="frequencies, states and words do not fit"):
+        decoder.rans(blob, r, np.arange(2, dtype=np.uint8), np.zeros(0, np.uint8))
+
+
 @QUICK
 @given(st.integers(0, 1 << 32), st.integers(1, 400), st.integers(9, 15))
 def test_frequencies_add_up_and_lose_little(seed: int, k: int, bits: int) -> None:
