@@ -13,6 +13,8 @@ from fxq.archive.encoder import Overhead, Stat
 INDEX_BITS = {"conv": 8, "conv_transpose": 8}
 """Bits of a relative index in the paper (section 2): 8 for convolutions, 5 for the others."""
 OTHER_INDEX_BITS = 5
+LONGEST = 200
+"""Characters of a name that are printed."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class ArchiveReport:
 
     def __str__(self) -> str:
         t = {k: sum(getattr(r, k) for r in self.rows) for k in ("values", "kept", "dense", "pruned", "shared", "coded", "overhead", "bound")}
-        body = [_cells(r.name, r.coding, vars(r)) for r in self.rows]
+        body = [_cells(shown(r.name), r.coding, vars(r)) for r in self.rows]
         lines = aligned(("tensor", "coding", "values", "not 0", "dense", "pruned", "shared", "coded", "overhead", "entropy"), [*body, _cells("all", "", t)])
         parts = f"index {self.index:,}, header {self.header:,}"
         speeds = [f"{what} at {v:,.0f} MB/s" for what, v in (("encoded", self.encode_mb_s), ("decoded", self.decode_mb_s)) if v is not None]
@@ -174,15 +176,21 @@ class Inspection:
         return {**own, "dense_bytes": self.dense, "ratio": self.dense / self.size, "records": records}
 
     def __str__(self) -> str:
-        what = f"model ({self.kind}), scheme {self.scheme}, target {self.target}, {self.nodes} nodes" if self.kind else "plain tensors"
-        head = f"{self.file}: {what}; archive version {self.format}, written by fxq {self.fxq}"
+        kind, scheme, target = map(shown, (self.kind, self.scheme, self.target))
+        what = f"model ({kind}), scheme {scheme}, target {target}, {self.nodes} nodes" if kind else "plain tensors"
+        head = f"{self.file}: {what}; archive version {self.format}, written by fxq {shown(self.fxq)}"
         body = []
         for r in self.records:
             bits, ratio = (f"{8 * r.bytes / count(r):.2f}" if count(r) else "-"), (f"{r.dense_bytes / r.bytes:.1f}" if r.bytes else "-")
-            body.append([r.name, r.dtype, r.coding, "x".join(map(str, r.shape)) or "-", f"{r.entries or '-'}", bits, f"{r.bytes:,}", ratio])
+            body.append([shown(r.name), r.dtype, r.coding, "x".join(map(str, r.shape)) or "-", f"{r.entries or '-'}", bits, f"{r.bytes:,}", ratio])
         lines = aligned(("tensor", "type", "coding", "shape", "entries", "bits/value", "bytes", "ratio"), body, 3)
         end = f"{self.size:,} bytes, of them {self.overhead:,} header and index; {self.dense:,} bytes when decoded: {self.dense / self.size:.1f} times as many"
         return "\n".join([head, *lines, end])
+
+
+def shown(text: str) -> str:
+    """A text of a file for a terminal: one line, no control characters, not too long."""
+    return (text if text.isprintable() else ascii(text)[1:-1])[:LONGEST]
 
 
 def count(r: Record) -> int:

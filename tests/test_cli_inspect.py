@@ -99,6 +99,14 @@ def test_plain_tensors_and_odd_shapes(here: Path, capsys: pytest.CaptureFixture[
     assert body["kind"] == "" and [r["shape"] for r in body["records"]] == [[], [0, 3], [4]] and body["records"][1]["ratio"] is None
 
 
+def test_names_of_a_file_reach_no_terminal_unseen(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    head = {"kind": "\x1b[2J", "scheme": {"name": "a\nb"}, "target": "t" * 999}
+    Path("odd.fxq").write_bytes(encoder.write([encoder.Plain("w\x1b[31m\n", np.ones(2, np.float32))], head, version="\r1")[0])
+    assert main(["inspect", "odd.fxq"]) == 0
+    out = capsys.readouterr().out
+    assert out.replace("\n", "").isprintable() and out.count("\n") == 5 and "\\x1b[31m\\n" in out and "t" * 200 in out and "t" * 201 not in out
+
+
 def test_a_file_that_says_more_than_it_holds_is_still_shown(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     symbols = np.zeros((1 << 12, 1 << 12), np.uint8)
     Path("big.fxq").write_bytes(encoder.write([encoder.Factored("w", symbols, np.array([0.0, 1.0], np.float32))], None)[0])
