@@ -32,6 +32,8 @@ from fxq.trace import Captured
 
 KINDS: dict[str, type[CompiledModel]] = {"compiled": CompiledModel, "pruned": PrunedModel}
 TYPES = {name: dtype for dtype, name in DTYPES.items()}
+MOST = 1 << 17
+"""Tensors of a graph, those that they are computed from included."""
 AGAIN = "Lower the model again, or take files from m.lower('archive') and fxq.save_state_dict"
 
 
@@ -156,9 +158,13 @@ class _Store:
     def __init__(self, archive: Archive, head: Any, max_bytes: int | None) -> None:
         self.archive, self.small = archive, head.get("small", [])
         self.left = max_bytes if max_bytes is not None else 1024 * archive.size + (64 << 20)
+        self.asked = 0
 
     def tensor(self, ref: Any, before: int | None = None) -> Tensor:
         """A new tensor. ``before``: only small tensors that stand before this one, so that nothing refers to itself."""
+        self.asked += 1  # a small tensor may stand for two others, and those for four
+        if self.asked > MOST:
+            raise ArchiveError(f"it asks for more than {MOST:,} tensors", way_out=AGAIN)
         if isinstance(ref, int) and not isinstance(ref, bool):
             if not 0 <= ref < (len(self.small) if before is None else before):
                 raise ArchiveError(f"it names the small tensor {ref}, which is not there", way_out=AGAIN)

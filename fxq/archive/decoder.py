@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -66,8 +67,17 @@ def inside(where: str) -> Iterator[None]:
         yield
     except ArchiveError as e:
         raise ArchiveError(e.fact, where=f"{where}: {e.where}" if e.where else where, way_out=e.way_out) from None
-    except (OSError, AttributeError, LookupError, TypeError, ValueError, RecursionError, MemoryError, zlib.error) as e:
+    except (OSError, AttributeError, LookupError, TypeError, ValueError, RecursionError, MemoryError, OverflowError, zlib.error) as e:
         raise ArchiveError(f"cannot be read: {getattr(e, 'strerror', None) or f'{type(e).__name__}: {e}'}", where=where, way_out=DAMAGED) from e
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, whose keys occur once: readers must not differ in which one they take."""
+    need(len(dict(pairs)) == len(pairs), "a key occurs twice")
+    return dict(pairs)
+
+
+parse = partial(json.loads, object_pairs_hook=once, parse_constant=lambda name: need(False, f"{name} is no number of JSON"))
 
 
 def record(entry: dict[str, Any], at: int) -> Record:
@@ -120,8 +130,7 @@ def lockstep(words: Array, x: Array, slots: Array, bits: int, values: Array, out
             x += slot >> 16
             low = (x < LOW).nonzero()[0]
             need(pos + len(low) <= len(w), "its words are cut off")
-            x[low] = x[low] << 16 | w[pos : pos + len(low)]
-            pos += len(low)
+            x[low] = x[low] << 16 | w[pos : (pos := pos + len(low))]
         np.take(values, part, out=out[start : start + len(part)], mode="clip")
     return pos
 
@@ -140,7 +149,7 @@ def huffman(blob: Array, r: Record, values: Array, out: Array) -> None:
     head, segments = (r.entries + (1 << r.bits) + 1) // 2, -(-r.count // SEGMENT)
     lengths, codes = np.stack([blob[:head] & 15, blob[:head] >> 4], 1).reshape(-1), blob[head + 2 * segments :]
     start = np.concatenate([[0], np.frombuffer(blob[head : head + 2 * segments].tobytes(), "<u2")]).cumsum(dtype=np.int64)
-    need(len(start) == segments + 1 and len(codes) == -(-int(start[-1]) // 8), "its codes do not fill its segments")
+    need(len(blob) >= head and len(start) == segments + 1 and len(codes) == -(-int(start[-1]) // 8), "its codes do not fill its segments")
     out[...] = values[0]
     tables, last = (prefix(lengths[r.entries : r.entries + (1 << r.bits)]), prefix(lengths[: r.entries])), -1
     window = np.ndarray((len(codes) + 1,), ">u8", np.concatenate([codes, np.zeros(8, np.uint8)]), strides=(1,))  # 64 bits from each byte on
@@ -157,8 +166,7 @@ def huffman(blob: Array, r: Record, values: Array, out: Array) -> None:
                 p[:k] += length[i].astype(np.int64)
         need(np.array_equal(p, start[first + 1 : first + 1 + len(p)]), "a segment does not end where it should")
         where = found[0].reshape(-1)[:count].cumsum(dtype=np.int64) + np.arange(last + 1, last + 1 + count)
-        last = int(where[-1])
-        out[where] = values[found[1].reshape(-1)[:count]]  # numpy raises when an index leaves the tensor
+        out[where], last = values[found[1].reshape(-1)[:count]], int(where[-1])  # numpy raises when an index leaves the tensor
 
 
 class Archive:
@@ -189,7 +197,7 @@ class Archive:
     def _open(self, max_bytes: int) -> None:
         length = int.from_bytes(self._read(0, 8), "little")
         need(length <= min(self.size - 8, 1 << 16), "is no archive of fxq", way_out="Take files that fxq wrote as archives")
-        header, at, end = json.loads(self._read(8, length)), 8 + length, self.size - 8 - length
+        header, at, end = parse(self._read(8, length).decode()), 8 + length, self.size - 8 - length
         meta = header.get("__metadata__", {})
         need(meta.get("format") == FORMAT, "is no archive of fxq", way_out="Take files that fxq wrote as archives")
         need(meta.get("version") == str(VERSION), f"has version {meta.get('version')!r:.20}, this fxq reads {VERSION}", way_out="Update fxq")
@@ -198,7 +206,7 @@ class Archive:
         need(type(n) is int and 0 < n <= end and header == {"__metadata__": meta, **cut}, "its header and its size do not fit")
         packed, unpack = self._read(at, n), zlib.decompressobj()
         need(meta.get("index") == str(zlib.crc32(packed)), "the checksum of its index is wrong")
-        index, at, total = json.loads(unpack.decompress(packed, min(64 << 20, 100 * n + (1 << 20)))), at + n, 0
+        index, at, total = parse(unpack.decompress(packed, min(16 << 20, 100 * n + (1 << 20))).decode()), at + n, 0
         self.version, self.graph, self.by_name = str(index["fxq"]), index["graph"], dict[str, Record]()
         fits = unpack.eof and not unpack.unused_data and type(self.graph) in (dict, type(None)) and len(index) == 3
         need(fits and type(index["records"]) is list and len(index["records"]) <= 1 << 16, "its index is no index, or too long")
@@ -211,8 +219,7 @@ class Archive:
         self.records = tuple(self.by_name.values())
 
     def _read(self, at: int, count: int) -> bytes:
-        self._file.seek(at)
-        found = self._file.read(count)
+        found = self._file.read(count) if self._file.seek(at) == at else b""
         need(len(found) == count, "the file is cut off")
         return found
 
@@ -230,9 +237,9 @@ class Archive:
             data = self._read(r.at, r.bytes)
             need(zlib.crc32(data) == r.crc32, "the checksum is wrong")
             blob: Array = np.frombuffer(data, np.uint8)
+            need((r.table or r.dtype) != "BOOL" or not np.any(blob[: r.entries or None] > 1), "a truth value is neither 0 nor 1")
             if r.coding == "raw":
                 need(what == "dense", "is stored raw: it has neither table nor symbols", way_out="Ask for its dense values")
-                need(r.dtype != "BOOL" or not np.any(blob > 1), "a truth value is neither 0 nor 1")
                 return np.array(blob.view(DTYPES[r.dtype]).reshape(r.shape))
             cuts, channels = dict[str, Array](), r.shape[r.axis] if r.scale and r.axis >= 0 else 1
             for name, dtype, n in (("table", DTYPES[r.table], r.entries), ("scale", "<f4", channels * r.scale), ("zero", "<i4", channels * r.zero)):
