@@ -133,7 +133,8 @@ def main(argv: list[str] | None = None) -> None:
                 except ImportError:
                     continue
                 table.put(f"{name}: zstd -3", general(item, zstd.ZstdCompressor(3).compress, zstd.ZstdDecompressor().decompress, 1))
-    table.write(["rates: dense float32 by CPU time of one thread; peaks: beyond input and result, of the dense tensor", f"best of {args.rounds} rounds"])
+    summary = ["rates: dense float32 by CPU time of one thread; peaks: beyond input and result, of the dense tensor", f"best of {args.rounds} rounds"]
+    table.write([*summary, *(["rows of other names: an earlier run, with --big"] if args.names else [])])
 
 
 if __name__ == "__main__":

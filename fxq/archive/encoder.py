@@ -16,7 +16,7 @@ from fxq.errors import ArchiveError
 
 Array = np.ndarray[Any, Any]
 CODINGS = ("auto", "rans", "huffman", "raw")
-MOST, CHUNK, SAMPLE = 1 << 15, 1 << 20, 1 << 16
+MOST, CHUNK, SAMPLE = 1 << 15, 1 << 17, 1 << 16
 LONGEST_INDEX, MOST_RECORDS = 16 << 20, 1 << 16
 """Entries of a table; elements that are looked at together; elements that show whether a tensor has few distinct values."""
 NAMES = {np.dtype(v): k for k, v in DTYPES.items() if k != "BF16"}

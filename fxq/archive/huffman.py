@@ -19,7 +19,7 @@ from fxq.archive.decoder import SEGMENT
 Array = np.ndarray[Any, Any]
 GAPS = (4, 5, 8)
 LONGEST = 15
-CHUNK = 1 << 20
+CHUNK = 1 << 17
 
 
 def code_lengths(counts: Array, longest: int = LONGEST) -> Array:
