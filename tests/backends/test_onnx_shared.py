@@ -311,8 +311,11 @@ def test_size_is_counted_before_anything_is_written(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(onnx_qdq, "MAX_BYTES", limit)
     net = Net(nn.Linear(256, 512))
     assert len(floating(net, x, 32).lower("onnx").data) < limit
+    m = floating(net, x, 32, target="tensorrt")
+    (issue,) = onnx_qdq.OnnxQdq().check(m.graph_module, m.scheme, m.target)
+    assert "GiB" in issue.fact
     with pytest.raises(LoweringError, match="GiB"):
-        floating(net, x, 32, target="tensorrt").lower("onnx")
+        m.lower("onnx")
 
 
 @pytest.mark.parametrize(("scheme", "bits"), [("deepcomp_w5", None), ("iao_w8a8", 5)])
