@@ -19,8 +19,8 @@ class Share:
     Attributes:
         bits: of conv and transposed conv layers: at most ``2 ** bits`` values besides 0, 1 to 12.
         linear_bits: of linear layers; ``None``: as ``bits``.
-        init: how the values are found, one of :data:`INITS`: ``optimal`` is exact one-dimensional k-means, the others are the starts of the paper, followed
-            by Lloyd's iterations (:func:`fxq.kmeans.codebook`).
+        init: how the values are found, one of :data:`INITS`: ``optimal`` is exact one-dimensional k-means, the others are starts (``linear`` and ``density``
+            those of the paper) with Lloyd's iterations behind them (:func:`fxq.kmeans.codebook`).
         rate: weight of the codes' entropy beside the squared error: larger means a smaller archive and a coarser codebook; 0: none
             (:func:`fxq.kmeans.codebook` has the units).
         layers: pattern (``fnmatch``) of module paths -> bits of their own; the first that fits counts.
