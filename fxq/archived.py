@@ -76,7 +76,6 @@ def load(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> Compi
         rules.check_size(head)
         store = _Store(archive, head, max_bytes)
         gm = _Reader(store).graph(full(head["graph"]))
-        gm.eval()
         scheme: Scheme = rules.fitting(Scheme, {k: graph_json.Reader({}).value(v) for k, v in head["scheme"].items()})
         captured = Captured(gm, "archive", (), nn.Module())
         return KINDS[head["kind"]](gm, captured, History([take(gm, "load")]), scheme, targets.get(head["target"]))

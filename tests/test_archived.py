@@ -118,6 +118,18 @@ def test_weights_that_were_one_are_one(name: str, tmp_path: Path) -> None:
     assert torch.equal(state["out.weight"], state["emb.weight"]) or name == "deepcomp_w5"  # the embedding keeps its weights
 
 
+def test_a_weight_that_a_float_layer_reads_too_is_kept(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    given = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    given[2].weight = given[0].weight
+    x = torch.randn(4, 8)
+    m = fxq.compile(given.eval(), "weight_only_w8", calibration=x, skip=("2",), progress=False)
+    q = m.graph_module.get_submodule("0")
+    m.graph_module.get_submodule("2").weight = q.op.weight
+    again = there_and_back(m, tmp_path)
+    assert same(m, again, x) and again.graph_module.get_submodule("2").weight is again.graph_module.get_submodule("0").op.weight
+
+
 def test_the_names_are_those_of_the_layers(tmp_path: Path) -> None:
     m = compiled()
     state = fxq.load_state_dict(m.lower("archive").save(tmp_path / "m.fxq"))
@@ -484,7 +496,7 @@ def test_masks_are_no_part_of_it(tmp_path: Path) -> None:
         for m in given.modules():
             if isinstance(m, nn.Conv2d):
                 m.weight[..., 0] = 0  # zeros that pruning did not make
-    x = fxq.compile(given, "deepcomp_w5", example=X, prune=fxq.Prune(sparsity=0.6), progress=False)
+    x = fxq.compile(given, "deepcomp_w5", example=X, prune=fxq.Prune(sparsity=0.05), progress=False)
     again = there_and_back(x, tmp_path)
     names = [r.name for r in archived.inspect(tmp_path / "m.fxq").records]
     assert same(x, again, X) and again.densities == x.densities and not any(n.startswith("@") for n in names)
