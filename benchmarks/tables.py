@@ -253,15 +253,41 @@ def debugger() -> str:
     return text + "\n\n" + table(["net", *columns], [[k, *(r[c] for c in columns)] for k, r in rows.items()])
 
 
+def archive() -> str:
+    rows, source = load("archive")
+    columns = ["ratio of the file", "file MB", "over the entropy", "rANS", "Huffman", "fixed index", "CSR", "SNR dB"]
+    text = (
+        f"Files of nets with the paper's densities and of a published clustered net ({source}); ratio: float32 over `os.path.getsize`; rANS, Huffman, fixed "
+        "index, CSR: the ratio if all tensors had that form:"
+    )
+    return text + "\n\n" + table(["weights", *columns], [[k, *(r.get(c, "") for c in columns)] for k, r in rows.items()])
+
+
+def archive_speed() -> str:
+    rows, source = load("archive_speed")
+    columns = ["ratio", "over entropy", "encode MB/s", "decode MB/s", "peak encode", "peak decode"]
+    text = f"Speed and memory ({source}), dense float32 by processor time of one thread; peaks: beyond input and result, of the dense tensor:"
+    return text + "\n\n" + table(["tensor", *columns], [[k, *(r.get(c, "") for c in columns)] for k, r in rows.items() if "zlib" not in k])
+
+
+def deepcomp() -> str:
+    rows, source = load("deepcomp")
+    columns = list(dict.fromkeys(c for r in rows.values() for c in r if c not in ("net", "seed")))
+    text = f"CIFAR-10 test accuracy and bytes by stage ({source}); the archive's accuracy is that of a fresh process with nothing but the file:"
+    return text + "\n\n" + table(["recipe", *columns], [[f"`{k}`", *(r.get(c, "") for c in columns)] for k, r in rows.items()])
+
+
 TABLES: dict[str, Callable[[], str]] = {"coverage": coverage, "accuracy": accuracy, "speed": speed, "compile": compile_time, "observers": observers}
 TABLES |= {"tensorrt": tensorrt, "tensorrt_accuracy": tensorrt_accuracy, "training": training, "training_steps": training_steps, "size": size, "lowbit": lowbit}
 TABLES |= {"sparsity": sparsity, "pruning": pruning, "prune_training": prune_training, "prune_scale": prune_scale, "prune_speed": prune_speed}
+TABLES |= {"archive": archive, "archive_speed": archive_speed, "deepcomp": deepcomp}
 TABLES |= {"report": report, "bisect": bisect, "mixed": mixed, "debugger": debugger}
 SOURCES = {"tensorrt": "tensorrt_int8_sm86"}
 
 
 def main() -> None:
-    for page in (ROOT / "README.md", *(ROOT / "docs" / f"{n}.md" for n in ("schemes", "tensorrt", "training", "sparsity", "pruning", "report", "debugging"))):
+    pages = ("schemes", "tensorrt", "training", "sparsity", "pruning", "report", "debugging", "archive", "compression")
+    for page in (ROOT / "README.md", *(ROOT / "docs" / f"{n}.md" for n in pages)):
         text = page.read_text()
         for name in re.findall(r"<!-- bench:(\w+) -->", text):
             if not (RESULTS / f"{SOURCES.get(name, name)}.json").exists():
