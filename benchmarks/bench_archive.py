@@ -6,9 +6,10 @@ Densities and bits: Han et al. 2016 (arXiv 1510.00149), tables 4 (AlexNet) and 5
 Shapes of weights and biases are torchvision's for VGG-16 and those of Caffe's grouped AlexNet (61 million), which the paper compressed. Weights are drawn,
 as the paper's were never published: each position is kept with the layer's density, and what is kept follows the tail of the distribution, which is what
 magnitude pruning leaves. Laplace is closest to trained layers (excess kurtosis 3); Gaussian (0) and Student's t with 4 degrees of freedom (infinite) are
-the two sides. Codebooks: ``linear`` is Lloyd's algorithm from the linear start, the paper's choice; ``optimal`` the least error; ``entropy`` is entropy-
-constrained, with the largest price of a bit whose error is at most that of ``linear``. Ratios are bytes of all weights and biases as float32 by
-``os.path.getsize`` of the file, biases float32.
+the two sides. Codebooks: ``linear`` is Lloyd's algorithm from the linear start, the paper's choice; ``optimal`` the least error; ``entropy`` is
+entropy-constrained, with the largest price of a bit whose error is at most that of ``linear`` in each layer; ``one price`` with one price for all layers
+and at most the error of ``linear`` in the whole net. Ratios are bytes of all weights and biases as float32 by ``os.path.getsize`` of the file, biases
+float32.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ NETS: dict[str, dict[str, tuple[tuple[int, ...], int]]] = {
 }  # fmt: skip
 """Shape of each weight, and how many percent of it are kept."""
 TAILS = ("laplace", "gauss", "student4")
-BOOKS = ("linear", "optimal", "entropy")
+BOOKS = ("linear", "one price", "entropy", "optimal")
 BLOCK, SAMPLE = 1 << 22, 1 << 19
 
 
@@ -79,8 +80,29 @@ def error(values: Tensor, codes: Tensor, book: Tensor) -> float:
     return sum(float(((v - book[c.long() - 1]).double() ** 2).sum()) for v, c in zip(values.split(BLOCK), codes.split(BLOCK), strict=True))
 
 
-def clustered(values: Tensor, k: int, how: str) -> tuple[Tensor, Tensor]:
+def price(net: str, kind: str, conv: int) -> float:
+    """The largest price of a bit, one for all layers, at which error / variance over all kept weights is at most that of ``linear``."""
+    layers = []
+    for name, (shape, percent) in NETS[net].items():
+        p = (torch.arange(SAMPLE // 4, dtype=torch.float64) + 0.5) / (SAMPLE // 4) * percent / 100
+        magnitude = tail(p, kind).float()
+        both = torch.stack([magnitude, -magnitude], 1).reshape(-1)
+        layers.append((both, 1 << (5 if name.startswith("fc") else conv), math.prod(shape) * percent))
+
+    def spent(**how: Any) -> float:
+        return sum(n * error(v, *kmeans.cluster(v, k, **how)) / float(v.double().square().sum()) for v, k, n in layers)
+
+    bound, low, high = spent(init="linear"), 1e-7, 1.0
+    for _ in range(12):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if spent(rate=middle) <= bound else (low, middle)
+    return 0.99 * low
+
+
+def clustered(values: Tensor, k: int, how: str, rate: float) -> tuple[Tensor, Tensor]:
     """Codes from 1 on, and the codebook."""
+    if rate:
+        return kmeans.cluster(values, k, rate=rate)
     if how != "entropy":
         return kmeans.cluster(values, k, init=how)
     codes, book = kmeans.cluster(values, k, init="linear")
@@ -105,6 +127,7 @@ class Sum:
     kept: int = 0
     energy: float = 0.0
     error: float = 0.0
+    relative: float = 0.0
     entropy: float = 0.0
     huffman: int = 0
     rans: float = 0.0
@@ -115,10 +138,11 @@ class Sum:
 
 def items(net: str, kind: str, how: str, conv: int, total: Sum) -> Iterator[encoder.Factored | encoder.Plain]:
     """The layers one by one; ``total`` is filled on the way."""
+    rate = price(net, kind, conv) if how == "one price" else 0.0
     for i, (name, (shape, percent)) in enumerate(NETS[net].items()):
         bits = 5 if name.startswith("fc") else conv
         mask, values = drawn(shape, percent, kind, i)
-        codes, book = clustered(values, 1 << bits, how)
+        codes, book = clustered(values, 1 << bits, how, rate)
         symbols = np.zeros(mask.size, np.uint8 if len(book) < 256 else np.uint16)
         symbols[mask] = codes.numpy()
         table = np.concatenate([np.zeros(1, np.float32), book.numpy()])
@@ -129,6 +153,7 @@ def items(net: str, kind: str, how: str, conv: int, total: Sum) -> Iterator[enco
         total.kept += values.numel()
         total.energy += float((values.double() ** 2).sum())
         total.error += error(values, codes, book)
+        total.relative += error(values, codes, book) / float(values.double().square().mean())
         total.entropy += rans.entropy(counts) / 8
         total.huffman += plan.size + 4 * len(table)
         total.rans += size + 4 * len(table) + 4 * rans.lanes_for(mask.size, rans.coded_bits(counts, freq, precision) / 8)
@@ -167,7 +192,8 @@ def shaped(table: common.Table, net: str, kind: str, how: str, conv: int) -> Non
             ("entropy", total.entropy), ("rANS", total.rans + over.total), ("Huffman", total.huffman + over.total),
             ("fixed index", total.fixed), ("CSR", total.csr))},
         "kept": f"{100 * 4 * total.kept / total.dense:.2f} %",
-        "error / energy": f"{total.error / total.energy:.3e}", "SNR dB": f"{10 * math.log10(total.energy / total.error):.2f}",
+        "error / energy": f"{total.error / total.energy:.3e}",
+        "error / variance": f"{total.relative / total.kept:.3e}", "SNR dB": f"{10 * math.log10(total.energy / total.error):.2f}",
         "codings": " ".join(sorted({s.coding for s in stats if s.coding != "raw"})), "header and index B": over.total,
         "s": f"{time.perf_counter() - begin:.0f}",
     })  # fmt: skip
@@ -239,12 +265,13 @@ def write(table: common.Table) -> None:
     table.write([
         f"densities: Han et al. 2016, tables 4 and 5 (percent kept: VGG-16 {kept['VGG-16']}; AlexNet {kept['AlexNet']}); 256 entries of 8-bit layers, 32 of "
         "5-bit layers, beside the zero",
-        "ratio of the file: float32 bytes of weights and biases over os.path.getsize, every symbol and table decoded again and the same; over the entropy: against the "
-        "iid entropy of all symbols and the float32 biases, container and tables included (squeezenet: its tables are part of the bound)",
-        "rANS, Huffman: all tensors in that form; fixed index: the paper's form before Huffman (codes and a relative index of 8 bits in 8-bit layers, 5 in others, filler "
-        "zeros counted); CSR: float32 values and int32 columns",
-        "error / energy: squared error of what is kept over its energy; entropy: the codebook of least entropy whose error is at most that of linear, "
-        "layer by layer",
+        "ratio of the file: float32 bytes of weights and biases over os.path.getsize, every symbol and table decoded again and the same; over the entropy: "
+        "against the iid entropy of all symbols and the float32 biases, container and tables included (squeezenet: its tables are part of the bound)",
+        "rANS, Huffman: all tensors in that form; fixed index: the paper's form before Huffman (codes and a relative index of 8 bits in 8-bit layers, 5 in "
+        "others, filler zeros counted); CSR: float32 values and int32 columns",
+        "error / energy: squared error of what is kept over its energy; error / variance: mean over all kept weights, each over the mean square of its layer",
+        "entropy: the codebooks of least entropy whose error is at most that of linear, layer by layer; one price: in the net as a whole (error / variance), "
+        "with one price of a bit for all layers, so that bits go where they save most",
     ])  # fmt: skip
 
 
