@@ -50,7 +50,7 @@ NETS: dict[str, dict[str, tuple[tuple[int, ...], int]]] = {
 }  # fmt: skip
 """Shape of each weight, and how many percent of it are kept."""
 TAILS = ("laplace", "gauss", "student4")
-BOOKS = ("linear", "one price", "entropy", "optimal")
+BOOKS = ("linear", "price 0.001", "price 0.002", "price 0.004", "optimal", "one price", "entropy")
 BLOCK, SAMPLE = 1 << 22, 1 << 19
 
 
@@ -138,7 +138,7 @@ class Sum:
 
 def items(net: str, kind: str, how: str, conv: int, total: Sum) -> Iterator[encoder.Factored | encoder.Plain]:
     """The layers one by one; ``total`` is filled on the way."""
-    rate = price(net, kind, conv) if how == "one price" else 0.0
+    rate = price(net, kind, conv) if how == "one price" else float(how[6:]) if how.startswith("price ") else 0.0
     for i, (name, (shape, percent)) in enumerate(NETS[net].items()):
         bits = 5 if name.startswith("fc") else conv
         mask, values = drawn(shape, percent, kind, i)
@@ -251,7 +251,7 @@ def main() -> None:
     table = common.Table("archive", "Bytes of archives", fresh=args.fresh)
     if "squeezenet" in args.only and "squeezenet1_0_dc, archive auto" not in table.rows:
         squeezed(table)
-    runs = [(net, kind, how, conv) for kind in TAILS for how in BOOKS for net in NETS for conv in (8, 5) if net.lower().replace("-", "") in args.only]
+    runs = [(net, kind, how, conv) for how in BOOKS for kind in TAILS for net in NETS for conv in (8, 5) if net.lower().replace("-", "") in args.only]
     for net, kind, how, conv in runs:
         if f"{net}, {kind}, {how}, {conv}/5 bits" not in table.rows:
             shaped(table, net, kind, how, conv)
@@ -271,7 +271,7 @@ def write(table: common.Table) -> None:
         "others, filler zeros counted); CSR: float32 values and int32 columns",
         "error / energy: squared error of what is kept over its energy; error / variance: mean over all kept weights, each over the mean square of its layer",
         "entropy: the codebooks of least entropy whose error is at most that of linear, layer by layer; one price: in the net as a whole (error / variance), "
-        "with one price of a bit for all layers, so that bits go where they save most",
+        "with one price of a bit for all layers, so that bits go where they save most; price: that price (of a bit, in shares of the variance)",
     ])  # fmt: skip
 
 
