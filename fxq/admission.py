@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-from fxq.errors import CalibrationError, FxqError, SchemeError, TargetError
+from fxq.errors import CalibrationError, FxqError, PassError, SchemeError, TargetError
 from fxq.schemes import Scheme
+from fxq.sharing import Share
 from fxq.targets import Target
 from fxq.trace import copied, run
 from fxq.tracers import fault_of
@@ -131,3 +132,18 @@ def require_budget(scheme: Scheme, mode: str) -> None:
         raise SchemeError("bits are chosen after training", way_out="Leave mode='qat' out, or choose a scheme with fewer bits for all layers")
     if scheme.method != "static" or scheme.weight is None or scheme.weight.kind != "affine" or scheme.weight.block is not None:
         raise SchemeError(f"the scheme {scheme.name!r} has no integer weights whose bits can be chosen", way_out="Use scheme='iao_w8a8'")
+
+
+def check_requests(prune: Any, share: Any) -> None:
+    """Refuse requests of another type.
+
+    Raises:
+        PassError, SchemeError: naming the argument.
+    """
+    if prune is not None:
+        from fxq.pruning import Prune
+
+        if not isinstance(prune, Prune):
+            raise PassError(f"prune= is {_name(prune)}, not a Prune", way_out="Give prune=fxq.Prune(ratio=0.5), or fxq.Prune(sparsity=0.9)")
+    if share is not None and not isinstance(share, Share):
+        raise SchemeError(f"share= is {_name(share)}, not a Share", way_out="Give share=fxq.Share(bits=5)")

@@ -18,7 +18,9 @@ from fxq.calibration import Batches
 from fxq.compiled import BACKENDS, CompiledModel, FloatOp, backend
 from fxq.errors import CalibrationError, FxqError, SchemeError, TraceError, nearest
 from fxq.exported import program_module
+from fxq.graph import walk
 from fxq.heap import young
+from fxq.modules import WEIGHTED
 from fxq.passes.annotate import Annotate
 from fxq.passes.calibrate import Calibrate
 from fxq.passes.canonicalize import Canonicalize
@@ -149,6 +151,7 @@ def compile(
     """
     tgt = targets.get(target)
     sch = tgt.scheme(scheme)
+    admission.check_requests(prune, share)
     if share is not None:
         sch = replace(sch, share=share)
     if observer is not None and observer not in schemes.OBSERVERS:
@@ -177,7 +180,8 @@ def compile(
         raise CalibrationError("the shapes are not known", way_out="Pass example= with one batch of inputs, or calibration=")
     if budget is not None:
         admission.require_budget(sch, mode)
-    with distributed.meeting(sch.method == "static"):
+    measures = prune is not None and prune.sparsity_scope == "sensitivity"
+    with distributed.meeting(sch.method == "static" or measures):
         spare = example if distributed.world() > 1 else None
         data = Batches(calibration if calibration is not None else [example], net, limit=batches, spare=spare)
         left = tuple(skip) if isinstance(skip, Sequence) and not isinstance(skip, str) else (skip,)
@@ -254,6 +258,8 @@ def _model(gm: GraphModule, captured: Captured, ctx: PassContext, how: _How, his
         pipeline_for(ctx.scheme, how.observer, how.prune, how.portable).run(gm, ctx, history)
         made, report = CompiledModel(gm, captured, history, ctx.scheme, ctx.target), _pruned(gm)
     made.prune_report = report
+    if ctx.scheme.share is not None and captured.gm is not None:
+        ctx.scheme.share.require_layers([str(n.target) for n, _ in walk(made.graph_module, *WEIGHTED)])
     return made
 
 
@@ -273,9 +279,11 @@ def _compile_parts(captured: Captured, data: Iterable[tuple[Any, ...]], outer: P
     for path, (gm, example) in captured.parts.items():
         inner = tuple(p.removeprefix(f"{path}.") if isinstance(p, str) else p for p in outer.float_nodes)
         history = History([take(gm, "trace", ms=ms)])
-        ctx = PassContext(sch, tgt, example, seen.get(path), inner, outer.progress, states=outer.states, numbers=outer.numbers)
+        names = [n for n, _ in gm.named_modules()]
+        own = sch if sch.share is None else replace(sch, share=sch.share.inside(path, names))
+        ctx = PassContext(own, tgt, example, seen.get(path), inner, outer.progress, states=outer.states, numbers=outer.numbers)
         try:
-            asked = None if how.prune is None else how.prune.inside(path, [n for n, _ in gm.named_modules()])
+            asked = None if how.prune is None else how.prune.inside(path, names)
             part = _model(gm, captured, ctx, replace(how, prune=asked), history)
         except FxqError as e:
             reached = any(x.numel() for x in tree_leaves(seen.get(path, [])) if isinstance(x, torch.Tensor))
@@ -283,6 +291,11 @@ def _compile_parts(captured: Captured, data: Iterable[tuple[Any, ...]], outer: P
             raise type(e)(e.fact, where=f"{path} / {e.where}" if e.where else path, way_out=way_out) from e
         model.parts[path] = part
         model.history.snapshots += [replace(s, name=f"{path}/{s.name}") for s in part.history]
+    paths = [f"{path}.{n.target}" for path, part in model.parts.items() for n, _ in walk(part.graph_module, *WEIGHTED)]
+    if sch.share is not None:
+        sch.share.require_layers(paths)
+    if how.prune is not None:
+        how.prune.require_layers(paths)
     for path, part in model.parts.items():
         root.set_submodule(path, part.root)
     return model

@@ -180,7 +180,7 @@ class _Planner:
         name, codes, book = f"{self.bases[path]}.weight", self.w.key(m.codes), self.w.key(m.book)
         if codes in self.refs:  # a second layer with the same weight
             rows = None if m.rows is None else self._known(m.rows)
-            self.weights[name] = self._entry({"table": [self.refs[codes], self.refs[book], rows, m.axis]})
+            self.weights[name] = self._entry({"table": [self.refs[codes], self._known(m.book), rows, m.axis]})  # integer layers have books of their own
             return
         ref = self._record(name, m)
         self.refs[codes], self.refs[book] = f"{ref}:symbols", f"{ref}:book"

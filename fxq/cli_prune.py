@@ -25,7 +25,7 @@ def add_options(p: argparse.ArgumentParser) -> None:
     for name in ("macs", "parameters", "bytes"):
         g.add_argument(f"--prune-{name}", type=float, metavar="S", help=f"share of the {name} that may stay, in (0, 1]")
     g.add_argument("--sparsity", type=float, metavar="R", help="share of the single weights that become 0, by magnitude, in [0, 1); also without the above")
-    g.add_argument("--sparsity-scope", metavar="SCOPE", help="global (default): the least of all layers; layer: of each; sensitivity: what moves the output least")
+    g.add_argument("--sparsity-scope", metavar="SCOPE", help="global (default): the least of all layers; layer: of each; sensitivity: what moves it least")
     g.add_argument("--multiple-of", type=int, metavar="N", help="widths are multiples of it (default: what the target's kernels like)")
     g.add_argument("--prune-by", metavar="CRITERION", help="bn-gamma, l1, l2 (default), group-l2, taylor or random")
     g.add_argument("--prune-scope", metavar="SCOPE", help="global (default): all channels are ranked together; layer: the same share of each layer")

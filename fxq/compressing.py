@@ -13,7 +13,7 @@ from fxq.modules import WEIGHTED
 from fxq.passes.share_weights import ShareWeights
 from fxq.pipeline import PassContext
 from fxq.schemes import Scheme
-from fxq.shared import SharedWeight
+from fxq.shared import any_shared
 from fxq.snapshot import Snapshot, take
 from fxq.targets import Target
 from fxq.training import Normed
@@ -33,10 +33,11 @@ def prune_weights(gm: GraphModule, ratio: float) -> None:
     """Cut more weights by their magnitudes as they are now, so that ``ratio`` of those under masks are cut; what was cut stays cut.
 
     Raises:
-        FxqError: for a ratio below that of now or outside [0, 1), without masks, when weights share codebooks already, and for NaN in a weight.
+        FxqError: for a ratio below that of now, outside [0, 1) or above what the layers' levels allow, without masks, when weights share codebooks
+            already, and for NaN in a weight.
     """
     require_ratio(ratio)
-    if any(isinstance(m, SharedWeight) for m in gm.modules()):
+    if any_shared(gm):
         raise FxqError("the weights share codebooks already", way_out="Cut first, then call share_weights()")
     layers = masked_layers(gm)
     if not layers:
@@ -73,6 +74,10 @@ def _shares(levels: list[float], sizes: list[int], ratio: float) -> list[float]:
         t = (lo + hi) / 2
         cut = sum(min(top, t * level) * n for top, level, n in zip(tops, levels, sizes, strict=True))
         lo, hi = (t, hi) if cut < want else (lo, t)
+    most = sum(min(top, hi * level) * n for top, level, n in zip(tops, levels, sizes, strict=True))
+    if most < want - len(sizes):
+        fact = f"at most {most / sum(sizes):.4g} of the weights can be cut: the request leaves some layers whole"
+        raise FxqError(fact, way_out="Give a smaller ratio, or compile with a share above 0 for more layers")
     return [round(min(top, hi * level), 9) for top, level in zip(tops, levels, strict=True)]
 
 
@@ -95,7 +100,7 @@ def share_weights(gm: GraphModule, scheme: Scheme, target: Target, example: Any)
         FxqError: when its weights share codebooks already.
         PassError: for a scheme that shares none.
     """
-    if any(isinstance(m, SharedWeight) for m in gm.modules()):
+    if any_shared(gm):
         raise FxqError("the weights share codebooks already", way_out="Train on, or compile the float model again")
     ctx = PassContext(scheme, target, example if example is not None else (), train=True)
     changed = ShareWeights().run(gm, ctx)

@@ -31,6 +31,8 @@ from fxq.selectors import Selector, fits, matches
 WHERE = "prune-channels"
 SCOPES = ("global", "layer")
 SPARSITY_SCOPES = ("global", "layer", "sensitivity")
+CHANNELS_ONLY = ("multiple_of", "by", "scope", "ratios", "at_least", "at_most", "data", "loss")
+"""Fields that say nothing about single weights."""
 Limit = float | int | Mapping[str, float | int]
 """A share of a layer's units (a float up to 1) or their number (an int), for all layers or by pattern."""
 
@@ -109,6 +111,15 @@ class Prune:
             raise PassError(f"multiple_of={self.multiple_of} is no number from 1 on", where=WHERE, way_out="Use 1, 8, 16 or 32")
 
     def _check_sparsity(self) -> None:
+        if self.sparsity is None and self.sparsity_scope != "global":
+            raise PassError("sparsity_scope= is of single weights", where="prune-weights", way_out="Add sparsity=0.9, or use scope= for channels")
+        odd = [n for n in CHANNELS_ONLY if getattr(self, n) != Prune.__dataclass_fields__[n].default and getattr(self, n) != {}]
+        if odd and not self.cuts_channels:
+            way_out = "For single weights there are sparsity_scope= and sparsity={pattern: share}; channels need ratio= or macs="
+            raise PassError(f"{odd[0]}= is of channels, and none are cut", where="prune-weights", way_out=way_out)
+        if isinstance(self.sparsity, Mapping) and not (self.sparsity and all(isinstance(k, str) for k in self.sparsity)):
+            fact = f"sparsity={dict(self.sparsity)!r} names no layer by a pattern of its path"
+            raise PassError(fact, where="prune-weights", way_out="Give a dict such as {'features.*': 0.6}, or one share for all")
         if self.sparsity_scope not in SPARSITY_SCOPES:
             raise PassError(f"unknown word {self.sparsity_scope!r}", where="prune-weights", way_out=nearest(str(self.sparsity_scope), SPARSITY_SCOPES))
         for value in () if self.sparsity is None else self.sparsity.values() if isinstance(self.sparsity, Mapping) else (self.sparsity,):
@@ -121,20 +132,35 @@ class Prune:
         """It asks for channels, not for single weights alone."""
         return any(getattr(self, n) is not None for n in ("ratio", *budget.COSTS))
 
-    def inside(self, path: str, names: Sequence[str]) -> Prune:
-        """The request for one part of a model: what names layers of other parts is left out.
+    def inside(self, path: str, names: Sequence[str]) -> Prune | None:
+        """The request for one part of a model: what names layers of other parts is left out; ``None`` when nothing is left.
 
         Args:
             path: of the part. names: module paths inside it.
         """
         inner = {p: p.removeprefix(f"{path}.") for p in (*self.ratios, *(s for s in self.selectors if isinstance(s, str)))}
-        here = {p: i for p, i in inner.items() if any(fits(n, i) for n in names)}
+        here = {p: i for p, i in inner.items() if any(fits(n, i) and fits(f"{path}.{n}", p) for n in names)}
         keep = [here.get(s) if isinstance(s, str) else s for s in self.selectors if not isinstance(s, str) or s in here]
         sparsity = self.sparsity
         if isinstance(sparsity, Mapping):
-            sparsity = {p.removeprefix(f"{path}."): v for p, v in sparsity.items()}
+            own: dict[str, float] = {}
+            for pattern, value in sparsity.items():
+                own.update({n: value for n in (*names, pattern.removeprefix(f"{path}.")) if n and n not in own and fits(f"{path}.{n}", pattern)})
+            if not own and not self.cuts_channels:
+                return None
+            sparsity = own or None
         ratios = {here[p]: v for p, v in self.ratios.items() if p in here}
         return replace(self, keep=[k for k in keep if k is not None], ratios=ratios, sparsity=sparsity, must=False)
+
+    def require_layers(self, paths: Sequence[str]) -> None:
+        """Each pattern of ``sparsity`` names one of the layers.
+
+        Raises:
+            PassError: for a pattern that names none.
+        """
+        for pattern in self.sparsity if isinstance(self.sparsity, Mapping) else ():
+            if not any(fits(p, pattern) for p in paths):
+                raise PassError(f"sparsity of {pattern!r} names no layer", where="prune-weights", way_out=nearest(pattern, list(paths)))
 
     @property
     def selectors(self) -> tuple[Selector, ...]:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from fxq.convolutions import PaddedConv1d, PaddedConv2d, PaddedConv3d
 
-MOST = 1 << 15
-"""Greatest number of entries of a codebook."""
+MOST = (1 << 15) - 1
+"""Greatest number of entries of a codebook: codes are int16 at most."""
 
 
 class _Lookup(torch.autograd.Function):
@@ -79,10 +79,12 @@ class SharedWeight(nn.Module):
     weight: Any = property(dense)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        book = state_dict.get(prefix + "book")
+        book, codes = state_dict.get(prefix + "book"), state_dict.get(prefix + "codes")
+        if isinstance(book, Tensor) and isinstance(codes, Tensor) and codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) <= book.numel():
+            args[-1].append(f"a code of {prefix}codes is outside [0, {book.numel()}], the entries of {prefix}book")
+            return
         if isinstance(book, Tensor) and book.ndim == 1 and 0 < len(book) <= MOST and book.shape != self.book.shape:
             self.book.data = self.book.new_zeros(book.shape)  # clustered again, a layer may have another number of values
-        codes = state_dict.get(prefix + "codes")
         if isinstance(codes, Tensor) and codes.dtype != self.codes.dtype and codes.dtype in (torch.uint8, torch.int16):
             self.codes = self.codes.to(codes.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -202,3 +204,8 @@ def rebuilt(layer: SharedWeight, book: Tensor | None, rows: Tensor | None, bias:
         out.register_buffer("rows", factor)
     out._parameters["bias"] = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach().clone())
     return out  # type: ignore[no-any-return]
+
+
+def any_shared(model: nn.Module) -> bool:
+    """Does a layer of the model share its weights?"""
+    return any(isinstance(m, SharedWeight) for m in model.modules())

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 
-from fxq.errors import SchemeError, nearest
+from fxq.errors import PassError, SchemeError, nearest
 
 INITS = ("optimal", "linear", "quantile", "density")
 MOST_BITS = 12
@@ -22,8 +22,8 @@ class Share:
         init: how the values are found, one of :data:`INITS`: ``optimal`` is exact one-dimensional k-means, the others are starts (``linear`` and ``density``
             those of the paper) with Lloyd's iterations behind them (:func:`fxq.kmeans.codebook`).
         rate: weight of the codes' entropy beside the squared error: larger means a smaller archive and a coarser codebook; 0: none
-            (:func:`fxq.kmeans.codebook` has the units).
-        layers: pattern (``fnmatch``) of module paths -> bits of their own; the first that fits counts.
+            (:func:`fxq.kmeans.codebook` has the units). With ``init="optimal"`` only.
+        layers: pattern (``fnmatch``) of module paths -> bits of their own; the first that fits counts. Of layers that use one weight the first decides.
 
     Raises:
         SchemeError: for bits, words or rates that do not exist.
@@ -33,9 +33,11 @@ class Share:
     linear_bits: int | None = None
     init: str = "optimal"
     rate: float = 0.0
-    layers: Mapping[str, int] = field(default_factory=dict)
+    layers: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.layers, Mapping) or not all(isinstance(k, str) for k in self.layers):
+            raise SchemeError(f"layers={self.layers!r} does not map patterns to bits", way_out="Give a dict such as {'features.*': 5}")
         for name, bits in (("bits", self.bits), ("linear_bits", self.linear_bits), *((f"layers[{k!r}]", v) for k, v in self.layers.items())):
             if bits is not None and (isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= MOST_BITS):
                 raise SchemeError(f"{name}={bits!r} is no width of a codebook", way_out=f"Use 1 to {MOST_BITS}")
@@ -43,6 +45,8 @@ class Share:
             raise SchemeError(f"unknown init {self.init!r}", way_out=nearest(str(self.init), INITS))
         if isinstance(self.rate, bool) or not isinstance(self.rate, (int, float)) or not 0 <= self.rate < float("inf"):
             raise SchemeError(f"rate={self.rate!r} is no weight of the entropy", way_out="Use 0 or a small positive number")
+        if self.rate and self.init != "optimal":
+            raise SchemeError(f"rate={self.rate!r} with init={self.init!r}: only optimal codebooks weigh the entropy", way_out="Use init='optimal', or rate=0")
 
     @property
     def most(self) -> int:
@@ -51,7 +55,35 @@ class Share:
 
     def bits_of(self, path: str, linear: bool) -> int:
         """Bits of the layer at a module path."""
-        own = next((b for pattern, b in self.layers.items() if fnmatch.fnmatch(path, pattern) or fnmatch.fnmatch(path, pattern + ".*")), None)
+        own = next((b for pattern, b in self.layers.items() if _fits(path, pattern)), None)
         if own is not None:
             return own
         return self.linear_bits if linear and self.linear_bits is not None else self.bits
+
+    def require_layers(self, paths: Collection[str]) -> None:
+        """Each pattern of ``layers`` names one of the layers.
+
+        Args:
+            paths: module paths of the layers.
+
+        Raises:
+            PassError: for a pattern that names none.
+        """
+        lost = next((p for p in self.layers if not any(_fits(path, p) for path in paths)), None)
+        if lost is not None:
+            raise PassError(f"{lost!r} of share's layers= names no layer", where="share-weights", way_out=nearest(lost, list(paths)))
+
+    def inside(self, path: str, names: Collection[str]) -> Share:
+        """The request for one part of a model.
+
+        Args:
+            path: of the part. names: module paths inside it.
+        """
+        own: dict[str, int] = {}
+        for pattern, bits in self.layers.items():
+            own.update({n: bits for n in (*names, pattern.removeprefix(f"{path}.")) if n and n not in own and _fits(f"{path}.{n}", pattern)})
+        return replace(self, layers=own)
+
+
+def _fits(path: str, pattern: str) -> bool:
+    return fnmatch.fnmatch(path, pattern) or fnmatch.fnmatch(path, pattern + ".*")

@@ -18,7 +18,7 @@ from fxq.estimators import Estimator
 from fxq.graph import finish, grids, module_of, swap_module, walk
 from fxq.lowering import Artifact
 from fxq.modules import WEIGHTED
-from fxq.shared import SharedWeight
+from fxq.shared import any_shared
 from fxq.snapshot import History, take
 from fxq.trackers import Sign, TrackedFakeQuantize, Tracker
 from fxq.training import FloatLayer, FloatNorm, Normed, TrainedLayer, unsigned_where
@@ -182,7 +182,8 @@ class TrainableModel(CompiledModel):
             ratio: in [0, 1), of all weights under masks.
 
         Raises:
-            FxqError: for a ratio below that of now or outside [0, 1), without masks, or after :meth:`share_weights`.
+            FxqError: for a ratio below that of now, outside [0, 1) or above what the request allows (layers whose own share is 0), without masks, or
+                after :meth:`share_weights`; the masks then stay as they were.
         """
         compressing.prune_weights(self.graph_module, ratio)
         return self
@@ -194,7 +195,7 @@ class TrainableModel(CompiledModel):
 
         Raises:
             FxqError: when weights share codebooks already, or the model is frozen.
-            PassError: for a scheme that shares none.
+            PassError: for a scheme that shares none, and for weights that are not finite or not float32; the model then stays as it was.
         """
         if self.phase == QAFT:
             raise FxqError("the model is frozen", way_out="Call share_weights() before freeze()")
@@ -204,7 +205,7 @@ class TrainableModel(CompiledModel):
     @property
     def shares_weights(self) -> bool:
         """:meth:`share_weights` was called."""
-        return any(isinstance(m, SharedWeight) for m in self.modules())
+        return any_shared(self)
 
     def convert(self) -> CompiledModel:
         """The deployed model: a copy on integer grids, to verify and to lower. This one stays as it is.
@@ -271,15 +272,20 @@ class TrainableModel(CompiledModel):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Phase, scheme and the step at which statistics of batch norms stay, for checkpoints."""
-        return {"phase": self.phase, "scheme": self.scheme.name, "hold_at": self.hold_at}
+        """Phase, scheme, the step at which statistics of batch norms stay, and whether weights share codebooks, for checkpoints."""
+        return {"phase": self.phase, "scheme": self.scheme.name, "hold_at": self.hold_at, "shares": self.shares_weights}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Go on in the phase of a checkpoint.
 
         Raises:
-            FxqError: for the checkpoint of another scheme.
+            FxqError: for the checkpoint of another scheme, or of a model whose weights share codebooks when this one's do not (or the other way round).
         """
+        shares = state.get("shares", self.shares_weights)
+        if shares != self.shares_weights:
+            fact = "share codebooks, the model's do not" if shares else "share no codebooks, the model's do"
+            way_out = "Call share_weights() on the model first" if shares else "Load it into a model on which share_weights() was not called"
+            raise FxqError(f"weights of the checkpoint {fact}", way_out=way_out)
         if state["scheme"] != self.scheme.name:
             raise FxqError(f"the checkpoint is of scheme {state['scheme']!r}, the model of {self.scheme.name!r}", way_out="Compile the model with that scheme")
         was, self._begun = self.batch_norm_frozen, False

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from fxq.errors import FxqError
 from fxq.graph import module_of
 from fxq.snapshot import flat
 from fxq.weight_masks import magnitude_masks
 
 GRID = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 """Shares that are measured; between them the error is taken as linear."""
+WORST = 1e30
+"""Error of an output that is no longer finite."""
 
 
 def with_weight(op: nn.Module, weight: Tensor) -> nn.Module:
@@ -33,28 +36,43 @@ def with_weight(op: nn.Module, weight: Tensor) -> nn.Module:
 
 def _output(gm: GraphModule, example: tuple[Any, ...]) -> Tensor:
     """All floating outputs as one vector, float64."""
-    return torch.cat([t.double().reshape(-1) for t in flat(gm(*example)) if t.is_floating_point()])
+    found = [t.double().reshape(-1) for t in flat(gm(*example)) if t.is_floating_point()]
+    if not found:
+        raise FxqError("the model has no floating output whose error could be measured", way_out="Use sparsity_scope='global' or 'layer'")
+    return torch.cat(found)
 
 
-def measured(gm: GraphModule, layers: Sequence[Node], magnitudes: Sequence[Tensor], example: tuple[Any, ...]) -> list[list[float]]:
-    """Relative squared error of the output when one layer alone is cut by each share of :data:`GRID`: ``[layers][shares]``."""
+def measured(gm: GraphModule, layers: Sequence[Sequence[Node]], magnitudes: Sequence[Tensor], example: tuple[Any, ...]) -> list[list[float]]:
+    """Relative squared error of the output when one weight alone is cut by each share of :data:`GRID`: ``[layers][shares]``.
+
+    Values that are infinite without a cut (masked scores) do not count.
+
+    Args:
+        layers: nodes that use one weight, for each weight. magnitudes: of the weights.
+
+    Raises:
+        FxqError: without a floating output.
+    """
     training = gm.training
     gm.eval()
     with torch.inference_mode():
         want = _output(gm, example)
-        size = float(want.square().sum()) or 1.0
+        counts = want.isfinite()
+        size = float(want[counts].square().sum()) or 1.0
         found = []
-        for node, magnitude in zip(layers, magnitudes, strict=True):
-            parent, _, name = str(node.target).rpartition(".")
-            holder, op = gm.get_submodule(parent), module_of(gm, node)
+        for nodes, magnitude in zip(layers, magnitudes, strict=True):
+            ops = {str(n.target): module_of(gm, n) for n in nodes}
             row = []
             for share in GRID:
                 mask = magnitude_masks([magnitude], share)[0]
-                setattr(holder, name, with_weight(op, op.weight.detach().masked_fill(~mask, 0.0)))  # type: ignore[operator]
                 try:
-                    row.append(float((_output(gm, example) - want).square().sum()) / size)
+                    for path, op in ops.items():
+                        gm.set_submodule(path, with_weight(op, op.weight.detach().masked_fill(~mask, 0.0)))  # type: ignore[operator]
+                    error = float((_output(gm, example) - want)[counts].square().sum()) / size
                 finally:
-                    setattr(holder, name, op)
+                    for path, op in ops.items():
+                        gm.set_submodule(path, op)
+                row.append(error if math.isfinite(error) else WORST)
             found.append(row)
     gm.train(training)
     return found
@@ -66,12 +84,17 @@ def levels(errors: Sequence[Sequence[float]], sizes: Sequence[int], ratio: float
     The errors are made convex (the best a mixture of shares reaches), so that the greatest number of weights for the least error is taken step by step.
 
     Args:
-        errors: ``[layers][len(GRID)]``, as :func:`measured` gives. sizes: weights of each layer. keep: share of each layer that stays in any case.
+        errors: ``[layers][len(GRID)]``, as :func:`measured` gives. sizes: weights of each layer.
+        keep: share of each layer that stays in any case, but less where ``ratio`` asks for it.
 
     Returns:
         A share in [0, 1) for each layer; together they cut ``floor(ratio * sum(sizes))`` weights, within one a layer.
+
+    Raises:
+        FxqError: when one weight of each layer stays and still less would be cut.
     """
     steps: list[tuple[float, int, float]] = []
+    keep = min(keep, (1 - ratio) / 2)
     for i, row in enumerate(errors):
         top = 1 - max(keep, 1 / sizes[i])
         points = [(0.0, 0.0), *((s, e) for s, e in zip(GRID, row, strict=True) if s < top)]
@@ -90,4 +113,6 @@ def levels(errors: Sequence[Sequence[float]], sizes: Sequence[int], ratio: float
         left -= taken * sizes[i]
         if left <= 0:
             break
+    if left >= 1:
+        raise FxqError(f"ratio {ratio} leaves less than a weight for each of {len(sizes)} layers", way_out="Give a smaller ratio")
     return shares

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from fxq import distributed
 from fxq.errors import FxqError, PassError, nearest
 from fxq.graph import module_of, swap_module, walk
 from fxq.modules import WEIGHTED
@@ -79,6 +81,10 @@ class PruneWeights(Pass):
     def _places(self, gm: GraphModule, ctx: PassContext) -> list[tuple[str, list[Node]]]:
         """Path of each distinct weight, and the nodes that use it; kept layers are recorded."""
         nodes = [n for n, _ in walk(gm, *WEIGHTED) if not getattr(module_of(gm, n), "stands_in", False)]
+        for s in self.how.selectors if self.how.must else ():
+            if not any(matches(gm, n, s, nodes) for n in gm.graph.nodes if n.op == "call_module"):
+                way_out = nearest(str(s), [str(n.target) for n in nodes])
+                raise PassError(f"{s!r} of keep= names no layer", where=self.name, way_out=way_out)
         kept = {n for n in nodes for s in self.how.selectors if matches(gm, n, s, nodes)}
         found: dict[int, tuple[str, list[Node]]] = {}
         for n in nodes:
@@ -122,7 +128,8 @@ class PruneWeights(Pass):
                 whole, shares = self.how.sparsity, [self.how.sparsity] * len(found)
                 if self.how.sparsity_scope == "sensitivity" and whole:
                     with torch.no_grad():
-                        errors = measured(gm, [nodes[0] for _, nodes in found], magnitudes, ctx.example)
+                        errors = measured(gm, [nodes for _, nodes in found], magnitudes, ctx.example)
+                    errors = np.mean(distributed.gather(errors), axis=0).tolist()  # the inputs of all processes: they cut alike
                     shares = levels(errors, [m.numel() for m in magnitudes], whole)
             masks = [magnitude_masks([m], round(s, 9))[0] for m, s in zip(magnitudes, shares, strict=True)]
         except PassError:

@@ -7,18 +7,19 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from fxq import kmeans
 from fxq.errors import PassError
 from fxq.estimators import RangeEstimator
-from fxq.graph import kind, module_of, swap_module, walk
+from fxq.folding import fold_back
+from fxq.graph import module_of, swap_module, walk
 from fxq.modules import WEIGHTED
 from fxq.numerics import choose_qparams
 from fxq.pipeline import Pass, PassContext
 from fxq.shared import SHARED, SharedWeight, shared
 from fxq.spec import QuantSpec
-from fxq.training import FloatLayer, Normed, TrainedLayer
+from fxq.training import Normed, TrainedLayer, folded
 from fxq.training_lowbit import EstimatedLayer
 from fxq.training_shared import SharedLayer
 from fxq.weight_ranges import weight_range
@@ -42,7 +43,8 @@ class ShareWeights(Pass):
         if share is None:
             raise PassError(f"the scheme {ctx.scheme.name!r} shares no weights", where=self.name, way_out="Compile with scheme='deepcomp_w5', or with share=")
         done: dict[int, SharedWeight] = {}
-        changed = 0
+        kept: list[nn.Module] = []  # alive, so that no id is given twice
+        made: dict[Node, nn.Module] = {}  # all of them, before the first one is swapped in: a layer that fails leaves the graph as it was
         for node, k in walk(gm, *WEIGHTED):
             layer, path = module_of(gm, node), str(node.target)
             inner: Any = layer.op if isinstance(layer, Normed) else layer
@@ -52,17 +54,19 @@ class ShareWeights(Pass):
                 continue
             if isinstance(inner, SharedWeight):
                 continue
-            own = inner.weight
             bn = layer.bn if isinstance(layer, Normed) else None
-            if bn is not None and k == "conv_transpose" and inner.groups != 1:  # its factors lie along no single axis of the weight
-                assert isinstance(layer, FloatLayer)
-                inner, bn = layer.converted(), None
+            fold = folded(bn) if k == "conv_transpose" and inner.groups != 1 else None
+            if fold is not None:  # its factors lie along no single axis of the weight
+                inner, bn = fold_back(layer.masked_op(), *(v.detach() for v in fold)), None  # type: ignore[operator]
+            own = id(inner.weight)
             weight = layer.kept_weight if isinstance(layer, Normed) and inner is layer.op else inner.weight
-            op = _tied(inner, done.get(id(own))) if id(own) in done else _clustered(inner, weight.detach(), share.bits_of(path, k == "linear"), ctx, path)
-            done.setdefault(id(own), op)
-            swap_module(gm, node, self._layer(layer, op, bn, kind(gm, node), ctx))
-            changed += 1
-        return changed
+            op = _tied(inner, done[own]) if own in done else _clustered(inner, weight.detach(), share.bits_of(path, k == "linear"), ctx, path)
+            done.setdefault(own, op)
+            kept.append(inner)
+            made[node] = self._layer(layer, op, bn, k, ctx)
+        for node, new in made.items():
+            swap_module(gm, node, new)
+        return len(made)
 
     def _layer(self, old: nn.Module, op: SharedWeight, bn: nn.Module | None, k: str, ctx: PassContext) -> nn.Module:
         """The training layer around a shared one."""
@@ -97,6 +101,9 @@ def _clustered(op: nn.Module, weight: Tensor, bits: int, ctx: PassContext, path:
     """The layer with the codebook of its weight."""
     share = ctx.scheme.share
     assert share is not None
+    if weight.dtype != torch.float32:
+        fact = f"the weight is {str(weight.dtype).removeprefix('torch.')}, codebooks are made of float32"
+        raise PassError(fact, where=f"{ShareWeights.name} / {path}", way_out="Call float() on the model, share, then convert it back")
     if not bool(torch.isfinite(weight).all()):
         raise PassError("the weight holds NaN or infinity", where=f"{ShareWeights.name} / {path}", way_out="Load finite weights, or leave it out with skip=")
     flat = weight.reshape(-1)
@@ -109,14 +116,8 @@ def _clustered(op: nn.Module, weight: Tensor, bits: int, ctx: PassContext, path:
     return shared(op, codes.reshape(weight.shape), book.to(weight.device))
 
 
-def _tied(op: nn.Module, first: SharedWeight | None) -> SharedWeight:
+def _tied(op: nn.Module, first: SharedWeight) -> SharedWeight:
     """A layer whose weight another layer uses too: the same codes and the same codebook."""
-    assert first is not None
     made = shared(op, first.codes, first.book)
     made.book, made.codes = first.book, first.codes
     return made
-
-
-def shared_now(gm: GraphModule) -> bool:
-    """Has a graph layers with shared weights?"""
-    return any(isinstance(m, SharedWeight) for m in gm.modules())
