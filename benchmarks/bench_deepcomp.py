@@ -1,7 +1,8 @@
 """What is left of a net after Deep Compression: accuracy and bytes by stage, from archives that recipes trained.
 
-Run: python examples/train_cifar10.py examples/recipes/resnet20_deepcomp_w5.toml      (and nin_gc_deepcomp_w5.toml, after benchmarks/train_nin_gc.py)
-     python benchmarks/bench_deepcomp.py [--out out] [recipes ...]
+Run: python examples/train_cifar10.py examples/recipes/resnet20_deepcomp_w5.toml
+     python benchmarks/train_nin_gc.py; python benchmarks/compress_nin_gc.py
+     python benchmarks/bench_deepcomp.py [--out out] [names ...]
 
 The accuracy of the archive is measured in a process of its own that has nothing but the file. results/deepcomp.md.
 """

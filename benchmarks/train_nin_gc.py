@@ -3,7 +3,7 @@
 Run: python benchmarks/train_nin_gc.py [--out FOLDER] [--epochs 16:6,32:1]
 
 The folder (default: out/nin_gc_progressive) takes ``nin_gc_progressive.safetensors`` (named as the folder), ``result.json`` and a checkpoint after every
-epoch; the same command goes on after a stop. The recipe nin_gc_deepcomp_w5 starts from it. Trains on all 50,000 training images and reads the test images
+epoch; the same command goes on after a stop. compress_nin_gc.py starts from it. Trains on all 50,000 training images and reads the test images
 once, at the end.
 """
 
