@@ -17,7 +17,7 @@ from fxq.shared import any_shared
 from fxq.snapshot import Snapshot, take
 from fxq.targets import Target
 from fxq.training import Normed
-from fxq.weight_masks import magnitude_masks, magnitude_of, require_ratio
+from fxq.weight_masks import cut_of, magnitude_masks, magnitude_of, require_ratio
 
 MOST = 0.999
 """Share of a layer that is cut at most."""
@@ -45,19 +45,21 @@ def prune_weights(gm: GraphModule, ratio: float) -> None:
     weights: dict[int, list[Normed]] = {}
     for m in layers.values():
         weights.setdefault(id(m.op.weight), []).append(m)
+    paths = {id(m): path for path, m in layers.items()}
     magnitudes, ops = [], [users[0].op for users in weights.values()]
     for users, op in zip(weights.values(), ops, strict=True):
         mask = users[0].mask
         assert mask is not None
-        magnitudes.append(magnitude_of(op.weight, "prune_weights").masked_fill(~mask, -1.0))  # type: ignore[arg-type]
+        magnitudes.append(magnitude_of(op.weight, f"prune_weights / {paths[id(users[0])]}").masked_fill(~mask, -1.0))  # type: ignore[arg-type]
+    cut, total = [int((m < 0).sum()) for m in magnitudes], sum(m.numel() for m in magnitudes)
+    if cut_of(ratio, total) < sum(cut):
+        raise FxqError(f"ratio {ratio} is below the share that is cut already ({sum(cut) / total:.4g})", way_out="Give a greater ratio; what is cut stays cut")
     if getattr(ops[0], "mask_scope", "global") == "global":
         masks = magnitude_masks(magnitudes, ratio)
     else:
-        shares = _shares([float(getattr(op, "mask_level", 1.0)) for op in ops], [m.numel() for m in magnitudes], ratio)
+        shares = _shares([float(getattr(op, "mask_level", 1.0)) for op in ops], [m.numel() for m in magnitudes], cut, ratio)
         masks = [magnitude_masks([m], s)[0] for m, s in zip(magnitudes, shares, strict=True)]
-    if any(bool((mask & (m < 0)).any()) for mask, m in zip(masks, magnitudes, strict=True)):
-        cut = sum(int((m < 0).sum()) for m in magnitudes) / sum(m.numel() for m in magnitudes)
-        raise FxqError(f"ratio {ratio} is below the share that is cut already ({cut:.4g})", way_out="Give a greater ratio; what is cut stays cut")
+    masks = [mask & (m >= 0) for mask, m in zip(masks, magnitudes, strict=True)]
     with torch.no_grad():
         for users, mask in zip(weights.values(), masks, strict=True):
             for m in users:
@@ -66,19 +68,24 @@ def prune_weights(gm: GraphModule, ratio: float) -> None:
                 own.copy_(mask)
 
 
-def _shares(levels: list[float], sizes: list[int], ratio: float) -> list[float]:
-    """Share of each layer in proportion to its level, at most :data:`MOST` and so that one weight stays, which together cut ``ratio`` of all."""
-    tops = [min(MOST, 1 - 1 / n) for n in sizes]
+def _shares(levels: list[float], sizes: list[int], cut: list[int], ratio: float) -> list[float]:
+    """Share of each layer in proportion to its level, at least what is ``cut`` and at most :data:`MOST`, which together cut ``ratio`` of all."""
+    bounds = [(c / n, max(c / n, min(MOST, 1 - 1 / n))) for c, n in zip(cut, sizes, strict=True)]
+
+    def shares(t: float) -> list[float]:
+        return [min(top, max(least, t * level)) for (least, top), level in zip(bounds, levels, strict=True)]
+
+    def count(t: float) -> float:
+        return sum(s * n for s, n in zip(shares(t), sizes, strict=True))
+
     want, lo, hi = ratio * sum(sizes), 0.0, 1 / min((x for x in levels if x > 0), default=1.0)
+    if count(hi) < want - len(sizes):
+        fact = f"at most {count(hi) / sum(sizes):.4g} of the weights can be cut: the request leaves some layers whole"
+        raise FxqError(fact, way_out="Give a smaller ratio, or compile with a share above 0 for more layers")
     for _ in range(60):
         t = (lo + hi) / 2
-        cut = sum(min(top, t * level) * n for top, level, n in zip(tops, levels, sizes, strict=True))
-        lo, hi = (t, hi) if cut < want else (lo, t)
-    most = sum(min(top, hi * level) * n for top, level, n in zip(tops, levels, sizes, strict=True))
-    if most < want - len(sizes):
-        fact = f"at most {most / sum(sizes):.4g} of the weights can be cut: the request leaves some layers whole"
-        raise FxqError(fact, way_out="Give a smaller ratio, or compile with a share above 0 for more layers")
-    return [round(min(top, hi * level), 9) for top, level in zip(tops, levels, strict=True)]
+        lo, hi = (t, hi) if count(t) < want else (lo, t)
+    return [round(s, 9) for s in shares(hi)]
 
 
 def densities(gm: GraphModule) -> dict[str, float]:

@@ -142,7 +142,7 @@ class WeightMasks:
         magnitudes = [magnitude_of(w.original, w.name).masked_fill(~w.own.mask, -1.0) for w in self]
         together = [magnitudes] if self.weights[0].own.scope == "global" else [[m] for m in magnitudes]
         cut_now = [sum(int((m < 0).sum()) for m in part) for part in together]
-        if any(_cut(ratio, sum(m.numel() for m in part)) < now for part, now in zip(together, cut_now, strict=True)):
+        if any(cut_of(ratio, sum(m.numel() for m in part)) < now for part, now in zip(together, cut_now, strict=True)):
             raise FxqError(f"ratio {ratio} is below the share that is cut already", way_out=f"Give at least {1 - self.density():.4g}, or remove() the masks")
         masks = [m for part in together for m in magnitude_masks(part, ratio)]
         with torch.no_grad():
@@ -215,7 +215,7 @@ def magnitude_masks(magnitudes: Sequence[Tensor], ratio: float) -> list[Tensor]:
         FxqError: when less is left than there are tensors.
     """
     total = sum(m.numel() for m in magnitudes)
-    cut = _cut(ratio, total)
+    cut = cut_of(ratio, total)
     if total - cut < len(magnitudes):
         raise FxqError(f"ratio {ratio} leaves {total - cut} weights for {len(magnitudes)} layers", way_out="Give a smaller ratio")
     if not cut:
@@ -307,7 +307,7 @@ def parametrizations(layer: nn.Module) -> dict[str, ParametrizationList]:
     return layer.parametrizations  # type: ignore[return-value]
 
 
-def _cut(ratio: float, total: int) -> int:
+def cut_of(ratio: float, total: int) -> int:
     """``floor(ratio total)`` of the ratio as it is written: 0.29 of 100 is 29."""
     return int(Fraction(repr(float(ratio))) * total)
 

@@ -29,6 +29,7 @@ from fxq.trainable import TrainableModel
 
 TRAINED = ("iao_w8a8", "iao_w4a4_lsq", "xnor_w1a1", "tbn_w1at")
 OBSERVED = ("minmax", "ema", "percentile", "mse", "entropy")
+SHARED = (("deepcomp_w3", "sensitivity"), ("iao_w8a8", "global"))
 STEPS = 3
 X = torch.randn(8, 3, 10, 10, generator=torch.Generator().manual_seed(0))
 
@@ -216,6 +217,19 @@ def cut(share: list[Tensor]) -> dict[str, Tensor]:
     return {k: v for k, v in fxq.prune(net(), how, data=share, progress=False).state_dict().items()}
 
 
+def shared(name: str, scope: str, rank: int, world: int) -> dict[str, Tensor]:
+    """Masks that grow, codebooks that train, deployed; each process compiles with inputs of its own."""
+    own = batches()[rank] * torch.linspace(0.1, 3, 3).reshape(1, 3, 1, 1).flip(1 if rank else 0)
+    how = fxq.Prune(sparsity=0.3, sparsity_scope=scope)
+    q: Any = fxq.compile(net(), name, calibration=[own], prune=how, share=fxq.Share(3), mode="qat", progress=False).train()
+    for ratio in (0.5, 0.7):
+        steps(wrapped(q, world, True), q, 0, 1, rank, world, False)
+        q.prune_weights(ratio)
+    q.share_weights()
+    steps(wrapped(q, world, True), q, 1, 2, rank, world, False)
+    return {k: v for k, v in q.eval().convert().state_dict().items() if isinstance(v, Tensor)}
+
+
 def moving(share: list[Tensor]) -> MovingAverage:
     observer = MovingAverage(QuantSpec.parse("u8/pt"))
     for x in share:
@@ -236,6 +250,7 @@ def main(store: str, rank: int, world: int, out: Path) -> None:
     results["calibrated by one"] = calibrated("minmax", batches() if rank == 0 else [])
     results["corrected"] = {k: v for k, v in fxq.compile(net(), "iao_w4a8", calibration=share, progress=False).state_dict().items()}
     results["cut"] = cut(share)
+    results |= {f"shared {n} {scope}": shared(n, scope, rank, world) for n, scope in SHARED}
     results["errors"] = errors(rank, world)
     results["alone"] = alone(rank)
     results["uneven"], results["empty"] = uneven(rank, world, (5, 3)), uneven(rank, world, (8, 0))

@@ -173,3 +173,11 @@ def test_processes_cut_alike(ranks: list[dict[str, Any]]) -> None:
     one, two = worker.cut(worker.batches()), [r["cut"] for r in ranks]
     assert equal(two[0], two[1]) and equal(two[0], one)
     assert not equal(worker.cut(worker.batches()[3:]), one), "half of the data would cut something else"
+
+
+@pytest.mark.parametrize(("name", "scope"), worker.SHARED)
+def test_masks_and_codebooks_are_those_of_all(ranks: list[dict[str, Any]], name: str, scope: str) -> None:
+    one, two = (r[f"shared {name} {scope}"] for r in ranks)
+    assert equal(one, two)
+    alone = [{k: v == 0 for k, v in worker.shared(name, scope, rank, 1).items() if k.endswith("codes")} for rank in (0, 1)]
+    assert len(alone[0]) == 5 and not equal(*alone), "by themselves they would cut something else"

@@ -250,3 +250,29 @@ def test_the_largest_codebook() -> None:
 def test_schemes_are_hashable() -> None:
     a, b = fxq.Share(3, layers={"a": 2}), fxq.Share(3, layers={"a": 2})
     assert a == b and hash(a) == hash(b) and len({fxq.schemes.get("deepcomp_w5"), fxq.schemes.get("deepcomp_w5")}) == 1
+
+
+@pytest.mark.parametrize("first", [0.0, 0.3])
+def test_sensitive_layers_are_cut_later(first: float) -> None:
+    """A layer of which little is cut at first gives weights as well when more is asked for; the order of the layers stays."""
+    model = net()
+    with torch.no_grad():
+        model[0].weight.mul_(20.0)  # type: ignore[operator]
+    q: Any = fxq.compile(model, "deepcomp_w3", example=X, prune=fxq.Prune(sparsity=first, sparsity_scope="sensitivity"), mode="qat", progress=False)
+    sizes = {"0": 288, "3": 576, "7": 40}
+    for ratio in (first, 0.5, 0.9, 0.97):
+        before = q.densities
+        q.prune_weights(ratio)
+        assert sum((1 - q.densities[k]) * n for k, n in sizes.items()) == pytest.approx(ratio * sum(sizes.values()), abs=4)
+        assert all(q.densities[k] <= before[k] for k in sizes)
+        if ratio == 0.5:
+            assert len({round(d, 2) for d in q.densities.values()}) > 1, "each layer has a share of its own"
+
+
+def test_nan_in_a_masked_weight_is_named() -> None:
+    q = trainable(prune=fxq.Prune(sparsity=0.0))
+    weight: Any = next(p for p in q.parameters() if p.shape == (5, 8))
+    with torch.no_grad():
+        weight[0, 0] = torch.nan
+    with pytest.raises(FxqError, match="prune_weights / 7"):
+        q.prune_weights(0.5)

@@ -21,6 +21,11 @@ from fxq.selectors import fits, matches
 from fxq.weight_levels import levels, measured, with_weight
 from fxq.weight_masks import MASKED, magnitude_masks, magnitude_of, mask_of
 
+MEASURED = 0.5
+"""Share at which the sensitivity of layers is measured when nothing is cut yet."""
+LEAST_LEVEL = 0.25
+"""Level of layers of which the measured sensitivity cuts nothing yet, so that they give weights too when more is cut in training."""
+
 
 @dataclass(frozen=True)
 class PruneWeights(Pass):
@@ -121,19 +126,19 @@ class PruneWeights(Pass):
             if self._together:
                 assert isinstance(self.how.sparsity, (int, float))
                 return magnitude_masks(magnitudes, self.how.sparsity), [1.0] * len(found)
-            if ratios:
-                shares, whole = [ratios[path] for path, _ in found], max(ratios.values())
-            else:
-                assert isinstance(self.how.sparsity, (int, float))
-                whole, shares = self.how.sparsity, [self.how.sparsity] * len(found)
-                if self.how.sparsity_scope == "sensitivity" and whole:
-                    with torch.no_grad():
-                        errors = measured(gm, [nodes for _, nodes in found], magnitudes, ctx.example)
-                    errors = np.mean(distributed.gather(errors), axis=0).tolist()  # the inputs of all processes: they cut alike
-                    shares = levels(errors, [m.numel() for m in magnitudes], whole)
+            whole = max(ratios.values()) if ratios else self.how.sparsity
+            assert isinstance(whole, (int, float))
+            shares = [ratios[path] for path, _ in found] if ratios else [whole] * len(found)
+            scale = [s / whole if whole else 1.0 for s in shares]
+            if self.how.sparsity_scope == "sensitivity" and not ratios:
+                with torch.no_grad():
+                    errors = measured(gm, [nodes for _, nodes in found], magnitudes, ctx.example)
+                errors = np.mean(distributed.gather(errors), axis=0).tolist()  # the inputs of all processes: they cut alike
+                sensible = levels(errors, [m.numel() for m in magnitudes], whole or MEASURED)
+                shares, scale = sensible if whole else shares, [max(s / (whole or MEASURED), LEAST_LEVEL) for s in sensible]
             masks = [magnitude_masks([m], round(s, 9))[0] for m, s in zip(magnitudes, shares, strict=True)]
         except PassError:
             raise
         except FxqError as e:
             raise PassError(e.fact, where=self.name, way_out=e.way_out) from e
-        return masks, [s / whole if whole else 1.0 for s in shares]
+        return masks, scale
