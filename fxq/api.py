@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,7 @@ from fxq.pipeline import Pass, PassContext, Pipeline, Progress, no_progress
 from fxq.progress import ProgressBar
 from fxq.pruned import PrunedModel
 from fxq.schemes import Scheme
+from fxq.selectors import inside, require_named
 from fxq.snapshot import History, Skip, take
 from fxq.targets import Target
 from fxq.trace import Captured, capture, resized
@@ -55,6 +56,7 @@ __all__ = ["BACKENDS", "CompiledModel", "FloatOp", "backend", "compile", "pipeli
 
 MODES = ("ptq", "qat")
 """Post-training, or a trainable model."""
+SHARED_LAYERS = ("layers= of Share", "share-weights")
 
 
 def _front(scheme: Scheme, how: Prune | None = None) -> tuple[Pass, ...]:
@@ -259,7 +261,7 @@ def _model(gm: GraphModule, captured: Captured, ctx: PassContext, how: _How, his
         made, report = CompiledModel(gm, captured, history, ctx.scheme, ctx.target), _pruned(gm)
     made.prune_report = report
     if ctx.scheme.share is not None and captured.gm is not None:
-        ctx.scheme.share.require_layers([str(n.target) for n, _ in walk(made.graph_module, *WEIGHTED)])
+        require_named(ctx.scheme.share.layers, [str(n.target) for n, _ in walk(made.graph_module, *WEIGHTED)], *SHARED_LAYERS)
     return made
 
 
@@ -277,11 +279,11 @@ def _compile_parts(captured: Captured, data: Iterable[tuple[Any, ...]], outer: P
     seen = _record_inputs(root, list(captured.parts), data) if static else {}
     model = CompiledModel(root, captured, History(), sch, tgt)
     for path, (gm, example) in captured.parts.items():
-        inner = tuple(p.removeprefix(f"{path}.") if isinstance(p, str) else p for p in outer.float_nodes)
+        skips = tuple(p.removeprefix(f"{path}.") if isinstance(p, str) else p for p in outer.float_nodes)
         history = History([take(gm, "trace", ms=ms)])
         names = [n for n, _ in gm.named_modules()]
-        own = sch if sch.share is None else replace(sch, share=sch.share.inside(path, names))
-        ctx = PassContext(own, tgt, example, seen.get(path), inner, outer.progress, states=outer.states, numbers=outer.numbers)
+        own = sch if sch.share is None else replace(sch, share=replace(sch.share, layers=inside(sch.share.layers, path, names)))
+        ctx = PassContext(own, tgt, example, seen.get(path), skips, outer.progress, states=outer.states, numbers=outer.numbers)
         try:
             asked = None if how.prune is None else how.prune.inside(path, names)
             part = _model(gm, captured, ctx, replace(how, prune=asked), history)
@@ -293,9 +295,9 @@ def _compile_parts(captured: Captured, data: Iterable[tuple[Any, ...]], outer: P
         model.history.snapshots += [replace(s, name=f"{path}/{s.name}") for s in part.history]
     paths = [f"{path}.{n.target}" for path, part in model.parts.items() for n, _ in walk(part.graph_module, *WEIGHTED)]
     if sch.share is not None:
-        sch.share.require_layers(paths)
-    if how.prune is not None:
-        how.prune.require_layers(paths)
+        require_named(sch.share.layers, paths, *SHARED_LAYERS)
+    if how.prune is not None and isinstance(how.prune.sparsity, Mapping):
+        require_named(how.prune.sparsity, paths, "sparsity=", "prune-weights")
     for path, part in model.parts.items():
         root.set_submodule(path, part.root)
     return model

@@ -26,7 +26,7 @@ from fxq.groups import Group, Groups, find
 from fxq.masking import masked
 from fxq.modules import WEIGHTED
 from fxq.selection import Pool, select, within
-from fxq.selectors import Selector, fits, matches
+from fxq.selectors import Selector, fits, inside, matches
 
 WHERE = "prune-channels"
 SCOPES = ("global", "layer")
@@ -49,7 +49,7 @@ class Prune:
         sparsity: share of the single weights that become 0, by magnitude, [0, 1): of all layers, or pattern of module paths -> share of these layers (others
             stay whole). The masks hold in training (``mode="qat"``), where ``prune_weights`` cuts more.
         sparsity_scope: ``global``: the least weights of all layers together; ``layer``: the same share of each; ``sensitivity``: as much of each as keeps the
-            output nearest (:mod:`fxq.weight_levels`), measured on the first inputs.
+            output nearest (:mod:`fxq.weight_levels`), measured on the first inputs (of all processes). A ``sparsity`` of 0 cuts nothing yet, but fixes the parts.
         multiple_of: widths are multiples of it (nearest, at least once; narrower layers stay whole). None: what the target's kernels like
             (:attr:`fxq.targets.Target.channel_multiple`).
         by: criterion, one of :data:`fxq.importance.CRITERIA`.
@@ -98,8 +98,7 @@ class Prune:
             raise PassError(f"ratio {self.ratio:g} would empty every layer" if self.ratio >= 1 else f"ratio {self.ratio} is no share", where=WHERE,
                             way_out="Cut a share in [0, 1), such as 0.5")  # fmt: skip
         for name in given:
-            value = getattr(self, name)
-            if name != "ratio" and not 0 < value <= 1:
+            if name != "ratio" and not 0 < (value := getattr(self, name)) <= 1:
                 raise PassError(f"{name}={value} is no share of what may stay", where=WHERE, way_out=f"For half of it {name}=0.5")
         for pattern, value in self.ratios.items():
             if not 0 <= value < 1:
@@ -118,8 +117,8 @@ class Prune:
             way_out = "For single weights there are sparsity_scope= and sparsity={pattern: share}; channels need ratio= or macs="
             raise PassError(f"{odd[0]}= is of channels, and none are cut", where="prune-weights", way_out=way_out)
         if isinstance(self.sparsity, Mapping) and not (self.sparsity and all(isinstance(k, str) for k in self.sparsity)):
-            fact = f"sparsity={dict(self.sparsity)!r} names no layer by a pattern of its path"
-            raise PassError(fact, where="prune-weights", way_out="Give a dict such as {'features.*': 0.6}, or one share for all")
+            way_out = "Give a dict such as {'features.*': 0.6}, or one share for all"
+            raise PassError(f"sparsity={dict(self.sparsity)!r} names no layer by a pattern of its path", where="prune-weights", way_out=way_out)
         if self.sparsity_scope not in SPARSITY_SCOPES:
             raise PassError(f"unknown word {self.sparsity_scope!r}", where="prune-weights", way_out=nearest(str(self.sparsity_scope), SPARSITY_SCOPES))
         for value in () if self.sparsity is None else self.sparsity.values() if isinstance(self.sparsity, Mapping) else (self.sparsity,):
@@ -143,24 +142,11 @@ class Prune:
         keep = [here.get(s) if isinstance(s, str) else s for s in self.selectors if not isinstance(s, str) or s in here]
         sparsity = self.sparsity
         if isinstance(sparsity, Mapping):
-            own: dict[str, float] = {}
-            for pattern, value in sparsity.items():
-                own.update({n: value for n in (*names, pattern.removeprefix(f"{path}.")) if n and n not in own and fits(f"{path}.{n}", pattern)})
-            if not own and not self.cuts_channels:
+            sparsity = inside(sparsity, path, names) or None
+            if sparsity is None and not self.cuts_channels:
                 return None
-            sparsity = own or None
         ratios = {here[p]: v for p, v in self.ratios.items() if p in here}
         return replace(self, keep=[k for k in keep if k is not None], ratios=ratios, sparsity=sparsity, must=False)
-
-    def require_layers(self, paths: Sequence[str]) -> None:
-        """Each pattern of ``sparsity`` names one of the layers.
-
-        Raises:
-            PassError: for a pattern that names none.
-        """
-        for pattern in self.sparsity if isinstance(self.sparsity, Mapping) else ():
-            if not any(fits(p, pattern) for p in paths):
-                raise PassError(f"sparsity of {pattern!r} names no layer", where="prune-weights", way_out=nearest(pattern, list(paths)))
 
     @property
     def selectors(self) -> tuple[Selector, ...]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from fxq.errors import PassError, SchemeError, nearest
+from fxq.errors import SchemeError, nearest
 
 INITS = ("optimal", "linear", "quantile", "density")
 MOST_BITS = 12
@@ -55,35 +55,7 @@ class Share:
 
     def bits_of(self, path: str, linear: bool) -> int:
         """Bits of the layer at a module path."""
-        own = next((b for pattern, b in self.layers.items() if _fits(path, pattern)), None)
+        own = next((b for pattern, b in self.layers.items() if fnmatch.fnmatch(path, pattern) or fnmatch.fnmatch(path, pattern + ".*")), None)
         if own is not None:
             return own
         return self.linear_bits if linear and self.linear_bits is not None else self.bits
-
-    def require_layers(self, paths: Collection[str]) -> None:
-        """Each pattern of ``layers`` names one of the layers.
-
-        Args:
-            paths: module paths of the layers.
-
-        Raises:
-            PassError: for a pattern that names none.
-        """
-        lost = next((p for p in self.layers if not any(_fits(path, p) for path in paths)), None)
-        if lost is not None:
-            raise PassError(f"{lost!r} of share's layers= names no layer", where="share-weights", way_out=nearest(lost, list(paths)))
-
-    def inside(self, path: str, names: Collection[str]) -> Share:
-        """The request for one part of a model.
-
-        Args:
-            path: of the part. names: module paths inside it.
-        """
-        own: dict[str, int] = {}
-        for pattern, bits in self.layers.items():
-            own.update({n: bits for n in (*names, pattern.removeprefix(f"{path}.")) if n and n not in own and _fits(f"{path}.{n}", pattern)})
-        return replace(self, layers=own)
-
-
-def _fits(path: str, pattern: str) -> bool:
-    return fnmatch.fnmatch(path, pattern) or fnmatch.fnmatch(path, pattern + ".*")

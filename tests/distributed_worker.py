@@ -217,11 +217,16 @@ def cut(share: list[Tensor]) -> dict[str, Tensor]:
     return {k: v for k, v in fxq.prune(net(), how, data=share, progress=False).state_dict().items()}
 
 
-def shared(name: str, scope: str, rank: int, world: int) -> dict[str, Tensor]:
-    """Masks that grow, codebooks that train, deployed; each process compiles with inputs of its own."""
+def sparse(name: str, scope: str, rank: int) -> Any:
+    """A net with masks; each process compiles with inputs of its own."""
     own = batches()[rank] * torch.linspace(0.1, 3, 3).reshape(1, 3, 1, 1).flip(1 if rank else 0)
     how = fxq.Prune(sparsity=0.3, sparsity_scope=scope)
-    q: Any = fxq.compile(net(), name, calibration=[own], prune=how, share=fxq.Share(3), mode="qat", progress=False).train()
+    return fxq.compile(net(), name, calibration=[own], prune=how, share=fxq.Share(3), mode="qat", progress=False).train()
+
+
+def shared(name: str, scope: str, rank: int, world: int) -> dict[str, Tensor]:
+    """Masks that grow, codebooks that train, deployed."""
+    q = sparse(name, scope, rank)
     for ratio in (0.5, 0.7):
         steps(wrapped(q, world, True), q, 0, 1, rank, world, False)
         q.prune_weights(ratio)
