@@ -49,7 +49,7 @@ class Prune:
         sparsity: share of the single weights that become 0, by magnitude, [0, 1): of all layers, or pattern of module paths -> share of these layers (others
             stay whole). The masks hold in training (``mode="qat"``), where ``prune_weights`` cuts more.
         sparsity_scope: ``global``: the least weights of all layers together; ``layer``: the same share of each; ``sensitivity``: as much of each as keeps the
-            output nearest (:mod:`fxq.weight_levels`), measured on the first inputs (of all processes). A ``sparsity`` of 0 cuts nothing yet, but fixes the parts.
+            output nearest (:mod:`fxq.weight_levels`), measured on the first inputs (of all processes). A ``sparsity`` of 0 fixes the parts alone.
         multiple_of: widths are multiples of it (nearest, at least once; narrower layers stay whole). None: what the target's kernels like
             (:attr:`fxq.targets.Target.channel_multiple`).
         by: criterion, one of :data:`fxq.importance.CRITERIA`.

@@ -83,7 +83,7 @@ class SharedWeight(nn.Module):
         if isinstance(book, Tensor) and isinstance(codes, Tensor) and codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) <= book.numel():
             args[-1].append(f"a code of {prefix}codes is outside [0, {book.numel()}], the entries of {prefix}book")
             return
-        if isinstance(book, Tensor) and book.ndim == 1 and 0 < len(book) <= MOST and book.shape != self.book.shape:
+        if isinstance(book, Tensor) and book.ndim == 1 and len(book) <= MOST and book.shape != self.book.shape:
             self.book.data = self.book.new_zeros(book.shape)  # clustered again, a layer may have another number of values
         if isinstance(codes, Tensor) and codes.dtype != self.codes.dtype and codes.dtype in (torch.uint8, torch.int16):
             self.codes = self.codes.to(codes.dtype)
@@ -139,7 +139,7 @@ SHARED: dict[type[nn.Module], type[SharedWeight]] = {
 
 
 def shared(op: nn.Module, codes: Tensor, book: Tensor, rows: Tensor | None = None, *, train_rows: bool = True) -> SharedWeight:
-    """The layer ``op`` (its bias is shared, not copied) with the weight ``[0, *book][codes] * rows``.
+    """The layer ``op`` (its bias is shared, not copied) with the weight ``[0, *book][codes] * rows``. The codebook trains if the weight did.
 
     Args:
         op: of a type in :data:`SHARED`.
@@ -160,7 +160,7 @@ def shared(op: nn.Module, codes: Tensor, book: Tensor, rows: Tensor | None = Non
     out.__dict__.update({k: (copy.copy(v) if isinstance(v, (dict, set)) else v) for k, v in op.__dict__.items()})
     del out._parameters["weight"]
     out.axis = axis
-    out.register_parameter("book", nn.Parameter(book.detach().to(torch.float32).clone()))
+    out.register_parameter("book", nn.Parameter(book.detach().to(torch.float32).clone(), weight.requires_grad))
     out.register_buffer("codes", codes.detach().to(torch.uint8 if len(book) < 256 else torch.int16).contiguous())
     factor = None if rows is None else rows.detach().to(torch.float32).clone()
     if factor is not None and train_rows:
@@ -180,7 +180,7 @@ def plain(layer: SharedWeight) -> nn.Module:
         out._buffers.pop(name, None)
     del out.__dict__["axis"]
     bias = out._parameters.pop("bias")
-    out.register_parameter("weight", nn.Parameter(layer.weight.detach().clone()))
+    out.register_parameter("weight", nn.Parameter(layer.weight.detach().clone(), layer.book.requires_grad))
     out.register_parameter("bias", bias)
     return out  # type: ignore[no-any-return]
 
@@ -194,7 +194,7 @@ def rebuilt(layer: SharedWeight, book: Tensor | None, rows: Tensor | None, bias:
     out: Any = type(layer).__new__(type(layer))
     out.__dict__.update({k: (copy.copy(v) if isinstance(v, (dict, set)) else v) for k, v in layer.__dict__.items()})
     if book is not None:
-        out._parameters["book"] = nn.Parameter(book.detach().to(torch.float32).clone())
+        out._parameters["book"] = nn.Parameter(book.detach().to(torch.float32).clone(), layer.book.requires_grad)
     out._parameters.pop("rows", None)
     out._buffers.pop("rows", None)
     factor = None if rows is None else rows.detach().to(torch.float32).clone()

@@ -276,3 +276,37 @@ def test_nan_in_a_masked_weight_is_named() -> None:
         weight[0, 0] = torch.nan
     with pytest.raises(FxqError, match="prune_weights / 7"):
         q.prune_weights(0.5)
+
+
+def test_checkpoints_with_other_numbers_of_values() -> None:
+    """A layer without any value, and more values than uint8 counts."""
+    empty, wide = nn.Sequential(nn.Linear(30, 30)), nn.Sequential(nn.Linear(30, 30))
+    nn.init.zeros_(empty[0].weight)  # type: ignore[arg-type]
+    x = torch.randn(2, 30, generator=G)
+    models = [fxq.compile(m.eval(), "float", example=x, share=fxq.Share(b), progress=False) for m, b in ((empty, 3), (wide, 3), (wide, 10))]
+    with torch.inference_mode():
+        outputs = [m(x) for m in models]
+    states = [{k: v.clone() if isinstance(v, Tensor) else v for k, v in m.state_dict().items()} for m in models]
+    for into in models:
+        for state, y in zip(states, outputs, strict=True):
+            into.load_state_dict(state)
+            assert torch.equal(into(x), y)
+
+
+@pytest.mark.parametrize("scheme", ["deepcomp_w3", "iao_w8a8"])
+def test_frozen_weights_give_frozen_codebooks(scheme: str) -> None:
+    model = net()
+    model[3].weight.requires_grad_(False)  # type: ignore[union-attr]
+    q: Any = fxq.compile(model, scheme, calibration=[X], share=fxq.Share(3), mode="qat", progress=False)
+    q.share_weights()
+    for made in (q, q.eval().convert()):
+        wanted = {n.split(".")[1]: p.requires_grad for n, p in made.named_parameters() if n.endswith("book")}
+        assert wanted == {"0": True, "3": False, "7": True}
+
+
+@pytest.mark.parametrize("given", [{"k": 2.5}, {"k": True}, {"k": "2"}, {"k": 2, "rate": "a"}, {"k": 2, "bins": 7.5}])
+def test_codebooks_of_no_number(given: dict[str, Any]) -> None:
+    from fxq import kmeans
+
+    with pytest.raises(FxqError):
+        kmeans.codebook(torch.randn(10), **given)
