@@ -138,6 +138,22 @@ SHARED: dict[type[nn.Module], type[SharedWeight]] = {
 """Type of a layer -> its type with a shared weight."""
 
 
+def _copied(layer: nn.Module, cls: type[nn.Module]) -> Any:
+    """A layer of type ``cls`` with all that ``layer`` has; the tensors are the same objects."""
+    out: Any = cls.__new__(cls)
+    out.__dict__.update({k: (copy.copy(v) if isinstance(v, (dict, set)) else v) for k, v in layer.__dict__.items()})
+    return out
+
+
+def _set_rows(layer: nn.Module, rows: Tensor | None, train: bool) -> None:
+    """Give a layer factors (a copy, float32): a parameter if they train, otherwise a buffer."""
+    factor = None if rows is None else rows.detach().to(torch.float32).clone()
+    if factor is not None and train:
+        layer.register_parameter("rows", nn.Parameter(factor))
+    else:
+        layer.register_buffer("rows", factor)
+
+
 def shared(op: nn.Module, codes: Tensor, book: Tensor, rows: Tensor | None = None, *, train_rows: bool = True) -> SharedWeight:
     """The layer ``op`` (its bias is shared, not copied) with the weight ``[0, *book][codes] * rows``. The codebook trains if the weight did.
 
@@ -156,25 +172,19 @@ def shared(op: nn.Module, codes: Tensor, book: Tensor, rows: Tensor | None = Non
         raise ValueError(f"codes {list(codes.shape)}, book {list(book.shape)} do not fit the weight {list(weight.shape)}")
     if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) <= len(book):
         raise ValueError(f"a code is outside [0, {len(book)}]")
-    out: Any = cls.__new__(cls)
-    out.__dict__.update({k: (copy.copy(v) if isinstance(v, (dict, set)) else v) for k, v in op.__dict__.items()})
+    out = _copied(op, cls)
     del out._parameters["weight"]
     out.axis = axis
     out.register_parameter("book", nn.Parameter(book.detach().to(torch.float32).clone(), weight.requires_grad))
     out.register_buffer("codes", codes.detach().to(torch.uint8 if len(book) < 256 else torch.int16).contiguous())
-    factor = None if rows is None else rows.detach().to(torch.float32).clone()
-    if factor is not None and train_rows:
-        out.register_parameter("rows", nn.Parameter(factor))
-    else:
-        out.register_buffer("rows", factor)
+    _set_rows(out, rows, train_rows)
     return out  # type: ignore[no-any-return]
 
 
 def plain(layer: SharedWeight) -> nn.Module:
     """The layer with an ordinary weight (a new parameter) of the same values."""
     cls = next(k for k, v in SHARED.items() if v is type(layer))
-    out: Any = cls.__new__(cls)
-    out.__dict__.update({k: (copy.copy(v) if isinstance(v, (dict, set)) else v) for k, v in layer.__dict__.items()})
+    out = _copied(layer, cls)
     for name in ("book", "codes", "rows"):
         out._parameters.pop(name, None)
         out._buffers.pop(name, None)
@@ -191,17 +201,12 @@ def rebuilt(layer: SharedWeight, book: Tensor | None, rows: Tensor | None, bias:
     Args:
         book: float ``[K]``. rows: float ``[C]``. bias: float ``[channels]``.
     """
-    out: Any = type(layer).__new__(type(layer))
-    out.__dict__.update({k: (copy.copy(v) if isinstance(v, (dict, set)) else v) for k, v in layer.__dict__.items()})
+    out = _copied(layer, type(layer))
     if book is not None:
         out._parameters["book"] = nn.Parameter(book.detach().to(torch.float32).clone(), layer.book.requires_grad)
     out._parameters.pop("rows", None)
     out._buffers.pop("rows", None)
-    factor = None if rows is None else rows.detach().to(torch.float32).clone()
-    if factor is not None and train_rows:
-        out.register_parameter("rows", nn.Parameter(factor))
-    else:
-        out.register_buffer("rows", factor)
+    _set_rows(out, rows, train_rows)
     out._parameters["bias"] = bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach().clone())
     return out  # type: ignore[no-any-return]
 
