@@ -13,6 +13,7 @@ from torch import nn
 
 import fxq
 from fxq.cli import main
+from fxq.shared import SharedWeight
 
 NET = """
 from torch import nn
@@ -142,6 +143,17 @@ def test_prunes_to_a_budget_and_quantizes(here: Path, capsys: pytest.CaptureFixt
     assert "-%_0 = conv" in out and "+%_0 = conv" in out and "0 of " in out
 
 
+def test_sparse_shared_weights_in_an_archive(here: Path) -> None:
+    Path("net.py").write_text(PRUNED)
+    options = ["--sparsity", "0.5", "--sparsity-scope", "layer", "--share-bits", "3", "--share-linear-bits", "1", "--share-init", "density"]
+    assert main(["net.py:build", "--input", "1,3,8,8", "--scheme", "float", "--to", "archive", *options, "-o", "m.fxq"]) == 0
+    m = fxq.load("m.fxq")
+    assert m.scheme.share == fxq.Share(3, 1, init="density")
+    assert all(d == pytest.approx(0.5, abs=0.1) for d in m.densities.values())
+    first, second, last = (len(x.book) for x in m.modules() if isinstance(x, SharedWeight))
+    assert 2 < first <= 8 and 2 < second <= 8 and 1 <= last <= 2
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -152,6 +164,13 @@ def test_prunes_to_a_budget_and_quantizes(here: Path, capsys: pytest.CaptureFixt
         (["--prune", "0.5", "--prune-by", "l22"], "did you mean 'l2'"),
         (["--prune", "0.5", "--multiple-of", "64"], "a multiple of 64 is larger than every layer"),
         (["--prune", "0.5", "--multiple-of", "1", "--prune-by", "bn-gamma", "--prune-keep", "0"], "finds no batch norm"),
+        (["--sparsity-scope", "layer"], "--sparsity-scope is for single weights. Add --sparsity"),
+        (["--sparsity", "1"], "sparsity 1.0 is not in [0, 1)"),
+        (["--sparsity", "0.5", "--prune-scope", "layer"], "scope= is of channels"),
+        (["--sparsity", "0.5", "--prune-keep", "nosuch"], "'nosuch' of keep= names no layer"),
+        (["--share-rate", "0.1"], "--share-rate is for shared weights. Add --share-bits"),
+        (["--share-bits", "13"], "bits=13 is no width of a codebook"),
+        (["--share-bits", "3", "--share-init", "density", "--share-rate", "0.1"], "only optimal codebooks weigh the entropy"),
     ],
 )
 def test_wrong_pruning_is_one_line(here: Path, options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
