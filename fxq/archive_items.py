@@ -102,11 +102,16 @@ def require_writable(gm: GraphModule) -> None:
 
 
 class _References(Writer):
-    """The JSON, with the graph's own tensors instead of copies."""
+    """The JSON, with the graph's own tensors instead of copies. ``trained``: names of those that are parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trained: set[str] = set()
 
     def _tensor(self, t: Tensor, name: str) -> dict[str, Any]:
         key = self._names.setdefault(id(t), name)
         self.tensors.setdefault(key, t.detach())
+        self.trained |= {key} if isinstance(t, nn.Parameter) else set()
         return {"tensor": key, "parameter": isinstance(t, nn.Parameter), "grad": t.requires_grad}
 
     def key(self, t: Tensor | None) -> str:
@@ -165,6 +170,8 @@ class _Planner:
             if t is not None and not inner and (id(m) in self.live or f"{path}.{name}".lstrip(".") in self.read):
                 self._place_own(f"{self.bases[path]}.{name}" if path else name, t)
         if isinstance(m, SharedWeight) and id(m) in self.live and not factored:
+            if self.w.key(m.codes) not in self.refs:  # a record, so that layers with one weight have one again
+                self.refs[self.w.key(m.codes)] = self._record(f"@{self.w.key(m.codes)}", m.codes)
             parts = [None if t is None else self._known(t) for t in (m.codes, m.book, m.rows)]
             self.weights[f"{self.bases[path]}.weight"] = self._entry({"table": [*parts, m.axis]})
 
@@ -236,12 +243,14 @@ class _Planner:
             plain(key, t)
         array = plain(key, t).array
         raw, first = array.tobytes(), array.reshape(-1)[:1].tobytes()
+        own = key if key in self.w.trained else ""
         if raw == first * array.size and array.size <= 1 << 20:
-            return self._entry([DTYPES[t.dtype], list(t.shape), first.hex()])
-        return self._entry([DTYPES[t.dtype], list(t.shape), raw.hex()]) if len(raw) <= SMALL else self._record(f"@{key}", t)
+            return self._entry([DTYPES[t.dtype], list(t.shape), first.hex()], own)
+        return self._entry([DTYPES[t.dtype], list(t.shape), raw.hex()], own) if len(raw) <= SMALL else self._record(f"@{key}", t)
 
-    def _entry(self, entry: Any) -> int:
-        i = self.index.setdefault(repr(entry), len(self.small))
+    def _entry(self, entry: Any, own: str = "") -> int:
+        """Number of a small tensor; equal ones are one, but for parameters: those would be trained as one, so ``own`` tells them apart."""
+        i = self.index.setdefault(f"{own}{entry!r}", len(self.small))
         if i == len(self.small):
             self.small.append(entry)
         return i

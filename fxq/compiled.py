@@ -26,6 +26,7 @@ from fxq.targets import Target
 from fxq.trace import Captured
 
 if TYPE_CHECKING:
+    from fxq.archive_proof import ArchiveProof
     from fxq.engine_proof import EngineProof
     from fxq.lint import LintReport
     from fxq.lint_trt_report import TrtReport
@@ -248,10 +249,11 @@ class CompiledModel(Debugging, nn.Module):
 
     def verify(
         self, artifact: str | os.PathLike[str] | bytes | Artifact, data: Any, *, limit: int | None = None
-    ) -> Proof | EngineProof:
+    ) -> Proof | EngineProof | ArchiveProof:
         """Run the artifact and compare with the integer reference, node by node and end to end.
 
         Of a TensorRT engine the builder's layers are compared with the plan and its ONNX file with the simulator; it runs where there is a GPU.
+        An archive is read, and its model compared with this one bit for bit.
 
         Args:
             artifact: path or bytes of the lowered file, or what :meth:`lower` returned.
@@ -270,6 +272,12 @@ class CompiledModel(Debugging, nn.Module):
             from fxq import engine_proof
 
             return engine_proof.verify(gm, self._engine(artifact, raw, where), batches, self)
+        from fxq import archive_graph
+
+        if archive_graph.begins_archive(raw):
+            from fxq import archive_proof
+
+            return archive_proof.verify(gm, raw, where, batches)
         from fxq.proof import verify
 
         return verify(gm, artifact, batches, fused=self.target.fused)

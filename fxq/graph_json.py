@@ -185,9 +185,9 @@ class Reader:
         gm._modules.clear()  # it sorts them by use; optimizers count parameters in the order of the saved model
         gm._modules.update(root._modules)
         gm.meta["grids"] = self._grids(data["grids"], graph)
+        training = {path: m.training for path, m in self._modules.items()}
         for path, module in gm.named_modules():
-            if path and path in self._training:
-                module.training = self._training[path]
+            module.training = training.get(path, module.training)
         gm.training = bool(data["training"])
         return gm
 
@@ -219,10 +219,6 @@ class Reader:
                 if node.meta.get(key) is not None and node.meta[key] not in made:
                     raise rules.refuse("it names a grid that is not there", node.name)
         return made
-
-    @property
-    def _training(self) -> dict[str, bool]:
-        return {path: m.training for path, m in self._modules.items()}
 
     def _module(self, entry: Any, path: str, level: int) -> nn.Module:
         if "ref" in entry:

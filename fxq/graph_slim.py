@@ -21,8 +21,8 @@ INSIDE = ("op", "weight_grid")
 """Children of a :data:`QUANTIZED` module that a user's name leaves out."""
 GROUPS = {"parameters": (True, True), "buffers": (False, False)}
 """Where tensors of a module stand: are they parameters, do they have gradients."""
-MOST = 1 << 20
-"""Greatest number of attributes and meta entries of all modules and nodes of a file."""
+MOST = 1 << 21
+"""Greatest number of values in the attributes of all modules, the meta of all nodes and the grids of a file, those that are left out as repeated included."""
 
 
 def below(base: str, cls: str, name: str) -> str:
@@ -36,6 +36,9 @@ def slim(graph: dict[str, Any], refs: dict[str, str | int]) -> dict[str, Any]:
     Args:
         graph: the JSON; it is not changed. Flags of training are left out: a graph from a file is in eval mode.
         refs: name of a tensor in the JSON -> its reference: ``/name``, ``/name:part`` or a number.
+
+    Raises:
+        ArtifactError: for a graph of more than :data:`MOST` values.
     """
     return _Slim(refs).graph(graph)
 
@@ -44,7 +47,7 @@ def full(graph: Any) -> dict[str, Any]:
     """Inverse of :func:`slim`; the tensors are named by their references.
 
     Raises:
-        ArtifactError: for what :func:`slim` does not write, or a graph of more than :data:`MOST` entries.
+        ArtifactError: for what :func:`slim` does not write, or a graph of more than :data:`MOST` values.
     """
     try:
         return _Full(graph).graph()
@@ -66,6 +69,27 @@ def _renamed(v: Any, to: Any) -> Any:
     return {k: _renamed(x, to) for k, x in v.items()}
 
 
+class _Budget:
+    """Counts the values of a graph: what is written once may stand in it a million times."""
+
+    def __init__(self) -> None:
+        self.left = MOST
+        self.sizes: dict[int, tuple[int, Any]] = {}  # by id; the value is kept, so that no other takes its id
+
+    def take(self, values: dict[str, Any]) -> None:
+        """Count one for ``values`` and each value in them, at every depth."""
+        self.left -= 1 + sum(map(self._size, values.values()))
+        if self.left < 0:
+            raise ArtifactError(f"its graph has more than {MOST:,} values", way_out="Take files from m.lower('archive'); split a larger model")
+
+    def _size(self, v: Any) -> int:
+        if not isinstance(v, (dict, list)):
+            return 1
+        if id(v) not in self.sizes:
+            self.sizes[id(v)] = 1 + sum(map(self._size, v.values() if isinstance(v, dict) else v)), v
+        return self.sizes[id(v)][0]
+
+
 def _default_name(target: str) -> str:
     name = re.sub("[^0-9a-zA-Z_]+", "_", target)
     return f"_{name}" if name[:1].isdigit() else name
@@ -78,6 +102,7 @@ def _previous(node: dict[str, Any] | None) -> Any:
 class _Slim:
     def __init__(self, refs: dict[str, str | int]) -> None:
         self.refs = refs
+        self.budget = _Budget()
         self.classes: dict[str, str] = {}
         self.flats: dict[str, tuple[int, dict[str, Any]]] = {}
         self.templates: list[tuple[str, tuple[str, ...]]] = []
@@ -105,6 +130,7 @@ class _Slim:
             flat.update({f"{group[0]}.{k}": None if e is None else self._tensor(e, base, k, flags) for k, e in m[group].items()})
         if m["fleeting"]:
             flat["fleeting"] = m["fleeting"]
+        self.budget.take(flat)
         key = (cls, (str(inside), *flat))
         if key not in self.templates:
             self.templates.append(key)
@@ -144,6 +170,7 @@ class _Slim:
         for n in nodes:
             sort = _sort(n["op"], n["target"], self.classes)
             meta, old = {k: _renamed(v, self._entry) for k, v in n["meta"].items()}, last.get(sort, {})
+            self.budget.take({**old, **meta})
             short: dict[str, Any] = {"to": n["target"]}
             if n["op"] != "call_module":
                 short["op"] = n["op"]
@@ -165,6 +192,7 @@ class _Slim:
         old: dict[str, Any] = {}
         for name, g in grids.items():
             fields = _renamed(g["fields"], self._entry)
+            self.budget.take(fields)
             out[name] = {k: v for k, v in fields.items() if k not in old or json.dumps(old[k]) != json.dumps(v)}
             old = fields
         return out
@@ -178,7 +206,7 @@ class _Full:
     def __init__(self, graph: dict[str, Any]) -> None:
         self.g = graph
         self.classes: dict[str, str] = {}
-        self.left = MOST
+        self.budget = _Budget()
 
     def graph(self) -> dict[str, Any]:
         g = self.g
@@ -186,18 +214,13 @@ class _Full:
         own = {name: self._tensor(r, "", "", GROUPS["buffers"]) for name, r in g.get("tensors", {}).items()}
         return {"name": str(g.get("name", "")), "nodes": self._nodes(), "modules": modules, "tensors": own, "grids": self._grids(), "training": False}
 
-    def _take(self, n: int) -> None:
-        self.left -= n + 1
-        if self.left < 0:
-            raise ArtifactError(f"its graph has more than {MOST:,} entries", way_out="Take files from m.lower('archive')")
-
     def _module(self, m: Any, path: str, base: str) -> Any:
         if m is None or isinstance(m, dict) and "ref" in m:
             return m
         m = {"is": m} if isinstance(m, int) else m
         template = self.g["templates"][m["is"]]
         flat, cls = {**template.get("has", {}), **m.get("has", {})}, template["class"]
-        self._take(len(flat))
+        self.budget.take(flat)
         self.classes[path] = cls
         parts: dict[str, Any] = {"class": cls, "training": False}
         parts["attributes"] = {k[2:]: _renamed(v, self._entry) for k, v in flat.items() if k.startswith("a.")}
@@ -230,7 +253,7 @@ class _Full:
             op, target = str(s.get("op", "call_module")), str(s["to"])
             sort = _sort(op, target, self.classes)
             meta = {**last.get(sort, {}), **s.get("meta", {})}
-            self._take(len(meta))
+            self.budget.take(meta)
             for k in s.get("not", ()):
                 meta.pop(k)
             args = s["args"] if "args" in s else _previous(out[-1] if out else None)
@@ -244,6 +267,6 @@ class _Full:
         fields: dict[str, Any] = {}
         for name, changed in self.g.get("grids", {}).items():
             fields = {**fields, **changed}
-            self._take(len(fields))
+            self.budget.take(fields)
             out[name] = {"data": "Grid", "fields": {k: _renamed(v, self._entry) for k, v in fields.items()}}
         return out

@@ -66,9 +66,11 @@ def load(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> Compi
     Raises:
         ArtifactError: for a file that cannot be read, is damaged, or is none of fxq's.
     """
+    where = os.fspath(path)
+    if Path(path).is_fifo():  # it would be waited for
+        raise ArtifactError("it is a pipe", where=where, way_out="Write it to a file first")
     if archived.is_archive(path):
         return archived.load(path, max_bytes=max_bytes)
-    where = os.fspath(path)
     try:
         return _load(Path(path))
     except ArtifactError as e:

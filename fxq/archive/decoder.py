@@ -71,6 +71,11 @@ def inside(where: str) -> Iterator[None]:
         raise ArchiveError(f"cannot be read: {getattr(e, 'strerror', None) or f'{type(e).__name__}: {e}'}", where=where, way_out=DAMAGED) from e
 
 
+def opener(path: str, flags: int) -> int:
+    """Opens a file; a pipe is refused later, it is not waited for."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of JSON, whose keys occur once: readers must not differ in which one they take."""
     need(len(dict(pairs)) == len(pairs), "a key occurs twice")
@@ -91,8 +96,7 @@ def record(entry: dict[str, Any], at: int) -> Record:
     r = Record(**{"table": "" if raw else entry["dtype"], **entry, "shape": tuple(shape), "at": at, "dense_bytes": dense})
     need(r.dtype == "F32" and -1 <= r.axis < len(shape) if r.scale else not r.zero and (raw or r.dtype == r.table), "table, scale and dtype do not fit", where)
     lanes = 8 <= r.bits <= 15 and 0 < r.count <= 1 << 16 and size <= r.count * STEPS if coding == "rans" else r.bits in (4, 5, 8) and 0 <= r.count <= size
-    fits = r.bytes == dense and not (r.scale or r.table) if raw else lanes and 0 < r.entries <= 1 << 15
-    need(fits and r.bytes >= 0, "impossible lengths", where)
+    need(r.bytes >= 0 and (r.bytes == dense and not (r.scale or r.table) if raw else lanes and 0 < r.entries <= 1 << 15), "impossible lengths", where)
     return r
 
 
@@ -112,8 +116,7 @@ def rans(blob: Array, r: Record, values: Array, out: Array) -> None:
     need(fits and freq.sum() == 1 << r.bits, "its frequencies, states and words do not fit")
     symbol = np.repeat(np.arange(r.entries), freq)  # of each slot; a slot is the low bits of a state
     slots = (freq[symbol] | (np.arange(1 << r.bits) - (np.cumsum(freq) - freq)[symbol]) << 16).astype(np.uint32)
-    used = (LOOP or lockstep)(words, x, slots, r.bits, values[symbol], out)
-    need(2 * used == len(words) and np.all(x == LOW), "its words do not end where its states do")
+    need(2 * (LOOP or lockstep)(words, x, slots, r.bits, values[symbol], out) == len(words) and np.all(x == LOW), "its words do not end where its states do")
 
 
 def lockstep(words: Array, x: Array, slots: Array, bits: int, values: Array, out: Array) -> int:
@@ -186,7 +189,7 @@ class Archive:
     def __init__(self, source: str | os.PathLike[str] | bytes, *, max_bytes: int | None = None) -> None:
         self.where = "archive" if isinstance(source, bytes) else os.fspath(source)
         with inside(self.where):
-            self._file: BinaryIO = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")  # noqa: SIM115
+            self._file: BinaryIO = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb", opener=opener)  # noqa: SIM115
             try:
                 self.size = self._file.seek(0, os.SEEK_END)
                 self._open(1024 * self.size + (64 << 20) if max_bytes is None else max_bytes)
