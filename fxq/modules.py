@@ -178,13 +178,7 @@ class Resize(Op):
 
     fields = ("size", "scale", "mode", "align_corners")
 
-    def __init__(
-        self,
-        size: Sequence[int] | None,
-        scale: Sequence[float] | None,
-        mode: str,
-        align_corners: bool | None = None,
-    ) -> None:
+    def __init__(self, size: Sequence[int] | None, scale: Sequence[float] | None, mode: str, align_corners: bool | None = None) -> None:
         super().__init__()
         self.size = None if size is None else tuple(size)
         self.scale = None if scale is None else tuple(scale)
