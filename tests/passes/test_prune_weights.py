@@ -136,7 +136,8 @@ def test_channels_first_then_weights() -> None:
     [
         ({"sparsity": 1.0}, "not in"), ({"sparsity": -0.1}, "not in"), ({"sparsity": True}, "not in"), ({"sparsity": {"a": 2}}, "not in"), ({}, "nothing says"),
         ({"sparsity": 0.5, "sparsity_scope": "globl"}, "did you mean 'global'"), ({"sparsity": {"nowhere": 0.5}}, "names no layer"),
-        ({"sparsity": 0.5, "keep": [0, 1, 2]}, "no weight can be cut"), ({"sparsity": 0.999}, "leaves"), ({"sparsity": 0.5, "macs": 0.5, "ratio": 0.1}, "both say"),
+        ({"sparsity": 0.5, "keep": [0, 1, 2]}, "no weight can be cut"), ({"sparsity": 0.999}, "leaves"),
+        ({"sparsity": 0.5, "macs": 0.5, "ratio": 0.1}, "both say"),
     ],
 )  # fmt: skip
 def test_refused(how: Mapping[str, Any], fact: str) -> None:

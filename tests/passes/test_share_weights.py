@@ -157,7 +157,10 @@ def test_schemes_that_cannot(scheme: str, bits: int, fact: str) -> None:
     assert e.value.way_out
 
 
-@pytest.mark.parametrize("given", [{"bits": 0}, {"bits": 13}, {"bits": 2.5}, {"linear_bits": True}, {"layers": {"a": 99}}, {"init": "best"}, {"rate": -1}, {"rate": float("nan")}])
+@pytest.mark.parametrize(
+    "given",
+    [{"bits": 0}, {"bits": 13}, {"bits": 2.5}, {"linear_bits": True}, {"layers": {"a": 99}}, {"init": "best"}, {"rate": -1}, {"rate": float("nan")}],
+)
 def test_requests_that_make_no_sense(given: dict[str, Any]) -> None:
     with pytest.raises(SchemeError):
         fxq.Share(**given)
