@@ -14,22 +14,24 @@ import onnx
 import pytest
 import torch
 
+import fxq
 from fxq import zoo
 from fxq.backends.onnxruntime import session
 from fxq.errors import FxqError, InputError
-from tests.train_example import EXAMPLES, FLOAT, QAT, recipe, same, script, state
+from fxq.shared import SharedWeight
+from tests.train_example import DEEPCOMP, EXAMPLES, FLOAT, QAT, recipe, same, script, state
 
 __all__ = ["script"]
 
 
-@pytest.mark.parametrize("text", [QAT, FLOAT], ids=["qat", "float"])
+@pytest.mark.parametrize("text", [QAT, FLOAT, DEEPCOMP], ids=["qat", "float", "deepcomp"])
 def test_a_run_stopped_after_every_step_equals_an_uninterrupted_one(script: Any, text: str) -> None:
     path = recipe(text)
     assert script.main([path, "--out", "whole"]) == 0
     codes = [script.main([path, "--out", "parts", "--set", "max_seconds=1e-9", "--resume"])]
     while codes[-1] == 3:
         codes.append(script.main([path, "--out", "parts", "--set", "max_seconds=1e-9", "--resume"]))
-    steps = 9 if text == QAT else 6
+    steps = 6 if text == FLOAT else 9
     assert codes == [3] * steps + [0]
     assert same(state("whole"), state("parts"))
     assert not same(state("whole")["state_dict"], {**state("whole")["state_dict"], "x": 1})
@@ -58,6 +60,17 @@ def test_the_result_is_that_of_the_file(script: Any, capsys: pytest.CaptureFixtu
     assert str(Path.cwd()) not in json.dumps(body)
     assert script.main([recipe(QAT), "--out", "run", "--set", "seed=3", "--set", "label_smoothing=0.1", "--resume"]) == 0
     assert "run is finished" in capsys.readouterr().out
+
+
+def test_a_compressed_run_writes_an_archive(script: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert script.main([recipe(DEEPCOMP), "--out", "run"]) == 0
+    body = json.loads(Path("run/result.json").read_text())
+    assert body["archive_bytes"] == Path("run/tiny.fxq").stat().st_size < body["file_bytes"] < body["float_bytes"]
+    assert body["accuracy"]["archive"] == body["accuracy"]["simulator"]
+    layers = [m for m in fxq.load("run/tiny.fxq").modules() if isinstance(m, SharedWeight)]
+    zeros, total = sum(int((m.codes == 0).sum()) for m in layers), sum(m.codes.numel() for m in layers)
+    assert len(layers) == 10 and abs(zeros - 0.6 * total) <= len(layers) and all(len(m.book) <= 8 for m in layers)
+    assert [h["phase"] for h in body["history"]] == ["train", "train", "share"]
 
 
 def test_the_test_images_are_read_once_at_the_end(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,18 @@ calibration = 16
 checkpoint_steps = 2
 """
 QAT = BASE + "ema = 0.9\n[[stages]]\nepochs = 2\nlr = 0.01\n[[stages]]\nphase = 'qaft'\nepochs = 1\nlr = 1e-3\n"
+DEEPCOMP = BASE.replace("iao_w8a8", "deepcomp_w3") + """
+sparsity_scope = "sensitivity"
+[[stages]]
+epochs = 2
+lr = 0.01
+sparsity = 0.6
+ramp = 0.0
+[[stages]]
+phase = "share"
+epochs = 1
+lr = 1e-3
+"""
 FLOAT = BASE.replace("iao_w8a8", "float") + "select = 'best'\n[optimizer]\nname = 'adam'\n[[stages]]\nepochs = 2\nlr = 0.01\nwarmup = 0.5\n"
 
 

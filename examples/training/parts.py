@@ -23,8 +23,6 @@ from fxq.spec import QuantSpec
 from training import data
 from training.recipe import Optimizer, Recipe, Stage
 
-MEASURED = 0.5
-"""Sparsity at which the layers' sensitivity is measured; their levels hold for more."""
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
 
 
@@ -84,7 +82,7 @@ def trainable(recipe: Recipe, net: nn.Module, x: Tensor) -> nn.Module:
     else:
         given: dict[str, Any] = {"calibration": x.split(min(recipe.batch, len(x)))} if recipe.calibration else {"example": x}
         if any(s.sparsity for s in recipe.stages):
-            given["prune"] = fxq.Prune(sparsity=MEASURED if recipe.sparsity_scope == "sensitivity" else 0.0, sparsity_scope=recipe.sparsity_scope)
+            given["prune"] = fxq.Prune(sparsity=0.0, sparsity_scope=recipe.sparsity_scope)
         model = fxq.compile(net, made, mode="qat", progress=False, **given, **recipe.fxq)
     for m in model.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
@@ -99,7 +97,7 @@ def sparsity(recipe: Recipe, stage: int, step: int, steps: int) -> float:
         step: from 0 on, in the stage; ``steps``: of an epoch.
     """
     now = recipe.stages[stage]
-    before = max((s.sparsity for s in recipe.stages[:stage]), default=MEASURED if recipe.sparsity_scope == "sensitivity" else 0.0)
+    before = max((s.sparsity for s in recipe.stages[:stage]), default=0.0)
     end = round(now.ramp * now.epochs * steps)
     if now.sparsity <= before or not end:
         return max(now.sparsity, before)
