@@ -303,7 +303,7 @@ class CompiledModel(Debugging, nn.Module):
         path: str | os.PathLike[str],
         data: Any = None,
         *,
-        proof: Proof | EngineProof | None = None,
+        proof: Proof | EngineProof | ArchiveProof | None = None,
         sensitivity: Iterable[tuple[str, str, float, float]] | None = None,
         bisect: Any = None,
         title: str | None = None,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fxq
-from fxq import archived, cli
+from fxq import archive_proof, archived, cli
 from fxq.archive import decoder, encoder
 from fxq.command import main
 
@@ -144,3 +144,11 @@ def test_mistakes_and_hostile_files_are_one_line(here: Path, arguments: str, mes
     assert main(arguments.split()) == 2
     out = capsys.readouterr()
     assert out.out == "" and out.err.startswith("fxq: ") and out.err.count("\n") == 1 and message in out.err
+
+
+def test_lower_verifies_an_archive(here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert lower("--verify", "--report-json", "r.json") == 0
+    assert "the archive computes the same bits as the model" in capsys.readouterr().out
+    assert json.loads(Path("r.json").read_text())["verify"]["ok"]
+    monkeypatch.setattr(archive_proof, "_unequal", lambda a, b: (1, 1))
+    assert lower("--verify", "--force") == 1 and "NOT the same: first at " in capsys.readouterr().out
