@@ -258,8 +258,8 @@ def archive() -> str:
     columns = ["ratio of the file", "file MB", "over the entropy", "rANS", "Huffman", "fixed index", "CSR", "error / variance"]
     text = (
         f"Files of nets with the paper's densities and of a published clustered net ({source}); ratio: float32 over `os.path.getsize`; rANS, Huffman, fixed "
-        "index, CSR: the ratio if all tensors had that form. Codebooks: `linear` as in the paper, `price` with that `rate=`, `optimal` k-means, `one price` the greatest rate "
-        "whose error in the net as a whole is that of `linear`, by the model of the weights:"
+        "index, CSR: the ratio if all tensors had that form. Codebooks: `linear` as in the paper, `price` with that `rate=`, `optimal` k-means, "
+        "`one price` the greatest rate whose error in the net as a whole is that of `linear`, by the model of the weights:"
     )
     return text + "\n\n" + table(["weights", *columns], [[k, *(r.get(c, "") for c in columns)] for k, r in rows.items()])
 
