@@ -146,11 +146,26 @@ def test_an_archive_is_proven_bit_for_bit(pair: tuple[CompiledModel, Tensor], tm
     items = [encoder.Plain(i.name, i.array + 1, i.dtype, i.role) if i.name == "2.bias" and isinstance(i, encoder.Plain) else i for i in made.items()]
     moved = m.verify(encoder.write(items, made.head)[0], x)
     assert not moved.ok and moved.first == next(n.name for n in m.graph_module.graph.nodes if n.target == "2") and "NOT the same" in str(moved)
+    m.graph_module.get_submodule("0").train()
+    modes = [q.training for q in m.modules()]
+    assert m.verify(artifact, x).ok and [q.training for q in m.modules()] == modes and any(modes)
+    m.eval()
     other = fxq.compile(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), calibration=x, progress=False)
     with pytest.raises(ArtifactError, match="it holds another graph. This file belongs to another model"):
         other.verify(artifact, x)
     with pytest.raises(ArchiveError, match="cut off|do not fit"):
         m.verify(artifact.data[:-9], x)
+
+
+def test_a_model_in_train_mode_is_proven_in_eval_mode() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 8)
+    m = fxq.compile(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.LeakyReLU()).eval(), "float", example=x, progress=False)
+    p = fxq.prune(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1)).eval(), fxq.Prune(ratio=0.5, multiple_of=1), progress=False, example=torch.randn(2, 3, 4, 4))
+    for model, data in ((m, x), (p, torch.randn(2, 3, 4, 4))):
+        artifact = model.lower("archive")
+        model.train()
+        assert model.verify(artifact, data).ok
 
 
 def written(path: Path, graph: Any, small: Any = (), items: Any = ()) -> Path:
