@@ -161,7 +161,8 @@ def test_a_model_in_train_mode_is_proven_in_eval_mode() -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 8)
     m = fxq.compile(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.LeakyReLU()).eval(), "float", example=x, progress=False)
-    p = fxq.prune(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1)).eval(), fxq.Prune(ratio=0.5, multiple_of=1), progress=False, example=torch.randn(2, 3, 4, 4))
+    convs = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1)).eval()
+    p = fxq.prune(convs, fxq.Prune(ratio=0.5, multiple_of=1), progress=False, example=torch.randn(2, 3, 4, 4))
     for model, data in ((m, x), (p, torch.randn(2, 3, 4, 4))):
         artifact = model.lower("archive")
         model.train()
