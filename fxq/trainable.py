@@ -42,8 +42,9 @@ def _outside(call: Callable[..., Any], *args: Any) -> Any:
 class TrainableModel(CompiledModel):
     """What ``fxq.compile(..., mode="qat")`` returns: an ordinary module for your loop, optimizer, scheduler and checkpoints.
 
-    In training mode it observes ranges, rounds weights and activations and trains the batch norms; in eval mode it computes what would be deployed
-    now. :meth:`freeze` fixes grids and statistics (QAFT), :meth:`convert` gives the deployed model.
+    In training mode it observes ranges, rounds weights and activations and trains the batch norms; in eval mode it computes what would be deployed now
+    (weights that are to share codebooks: from :meth:`share_weights` on). :meth:`freeze` fixes grids and statistics (QAFT), :meth:`convert` gives the
+    deployed model.
     """
 
     phase: str = QAT

@@ -56,7 +56,7 @@ def test_the_wheel_states_its_command_licence_and_extras(built: Path) -> None:
     assert text["top_level.txt"].split() == ["fxq"]
     assert "License-Expression: Apache-2.0" in text["METADATA"]
     extras = {line.split(": ")[1] for line in text["METADATA"].splitlines() if line.startswith("Provides-Extra")}
-    assert extras == {"tensorrt", "bitwise", "bench", "demo", "report", "dev"}
+    assert extras == {"tensorrt", "archive", "bitwise", "bench", "demo", "report", "dev"}
 
 
 def test_the_source_archive_holds_the_same_files(built: Path) -> None:

@@ -89,10 +89,11 @@ def test_every_scheme_ends_in_a_proof(name: str, net: type[nn.Module]) -> None:
 
 def test_who_takes_which_scheme() -> None:
     ort = set(schemes.names()) - {"fp8_w8a8"}
-    sm86 = {"float", "iao_w8a8_sym", "iao_w8a8_sym_pt", "weight_only_w4", "weight_only_w4_b64"}
+    floats = {"float", "deepcomp_w5", "deepcomp_w8_fc5"}
+    sm86 = {*floats, "iao_w8a8_sym", "iao_w8a8_sym_pt", "weight_only_w4", "weight_only_w4_b64"}
     assert set(taken("onnxruntime")) == ort
     assert set(taken("sm86")) == set(taken("tensorrt")) == set(taken("sm80")) == sm86
-    assert set(taken("sm89")) == set(taken("sm121")) == {*sm86, "fp8_w8a8"} and taken("sm75") == ["float"]
+    assert set(taken("sm89")) == set(taken("sm121")) == {*sm86, "fp8_w8a8"} and set(taken("sm75")) == floats
 
 
 @pytest.mark.parametrize("net", [Cnn, Block])

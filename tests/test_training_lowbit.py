@@ -25,6 +25,8 @@ MORE = ["dorefa_w3a5", "dorefa_w8a8", "dorefa_w2a32", "dorefa_w5a2_lsq", "iao_w2
 def test_train_freeze_train_deploy(name: str) -> None:
     q = qat(name).train()
     assert all(0 < v < 50 for v in steps(q, 3))
+    if q.scheme.share is not None:
+        q.share_weights()
     q.eval()
     with torch.no_grad():
         assert torch.equal(q.convert()(X), q(X)), "eval mode is what would be deployed"
