@@ -16,10 +16,9 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
-from train_nin_gc import BATCH, accuracy, images
+from train_nin_gc import BATCH, accuracy, images, step_of
 from training import data
 
 import fxq
@@ -58,14 +57,9 @@ def train(q: TrainableModel, size: int, steps: int, lr: float, seed: int, cut: b
         if cut and step % EVERY == 0:
             q.prune_weights(cubic_ratio(step, begin=0, end=round(RAMP * steps), final=SPARSITY))
         at = order[step * BATCH : (step + 1) * BATCH]
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = run(images(x[at], size, g))
-        loss = F.cross_entropy(logits.float(), y[at], label_smoothing=0.1)
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
+        loss = step_of(run, opt, images(x[at], size, g), y[at])
         rate.step()
-        mean += (float(loss.detach()) - mean) * max(0.02, 1 / (step + 1))
+        mean += (loss - mean) * max(0.02, 1 / (step + 1))
         if step % 50 == 0:
             print(f"{size} pixels, step {step} of {steps}: loss {mean:.3f}, {(time.time() - start) / (step + 1):.2f} s a step", flush=True)
     return mean

@@ -53,6 +53,17 @@ def accuracy(net: nn.Module, x: Tensor, y: Tensor) -> float:
     return 100 * hits / len(x)
 
 
+def step_of(run: Any, opt: torch.optim.Optimizer, x: Tensor, y: Tensor) -> float:
+    """One training step under autocast; its loss."""
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = run(x)
+    loss = F.cross_entropy(logits.float(), y, label_smoothing=0.1)
+    opt.zero_grad()
+    loss.backward()
+    opt.step()
+    return float(loss.detach())
+
+
 def rate(at: float) -> float:
     """Share of the peak rate at a share of the training."""
     return at / WARM if at < WARM else max(0.0, 1 - (at - WARM) / (1 - WARM))
@@ -89,13 +100,7 @@ def main() -> None:
             for group in opt.param_groups:
                 group["lr"] = PEAK * rate((epoch * steps + step) / (len(sizes) * steps))
             at = order[step * BATCH : (step + 1) * BATCH]
-            with torch.autocast("cpu", torch.bfloat16):
-                logits = run(images(x[at], size, g))
-            loss = F.cross_entropy(logits.float(), y[at], label_smoothing=0.1)
-            opt.zero_grad()
-            loss.backward()
-            opt.step()
-            total += float(loss.detach())
+            total += step_of(run, opt, images(x[at], size, g), y[at])
         minutes += (time.time() - start) / 60
         log.append({"epoch": epoch, "size": size, "loss": total / steps, "minutes": minutes})
         print(log[-1], flush=True)

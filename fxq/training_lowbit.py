@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fxq import lowbit, numerics
-from fxq.estimators import Estimator
+from fxq.estimators import Estimator, RangeEstimator
 from fxq.modules import FakeQuantize, Quantized, call_with
 from fxq.shared import SharedWeight, rebuilt
 from fxq.spec import QParams, QuantSpec
@@ -158,9 +158,10 @@ class EstimatedLayer(Normed, Quantized):
 
     def _shared_op(self, op: SharedWeight, qp: QParams, bias: Tensor | None) -> SharedWeight:
         """The shared weight on its integer grid: integers as codebook, the scale of each channel with the sign of its batch norm as factor."""
+        assert isinstance(self.estimator, RangeEstimator)
         _, step = self.estimator.codes(self.kept_weight)
-        top = self.estimator.top
-        whole = (op.book.detach() / step).round().clamp(-top, top) * self.fine
+        grid = QParams(self.estimator.spec, step, torch.zeros_like(step, dtype=torch.int32))
+        whole = numerics.quantize(op.book.detach(), grid).to(op.book.dtype) * self.fine
         rows = qp.scale * torch.where(self._per_row(self._fold()[0]) < 0, -1.0, 1.0).to(qp.scale.dtype)
         return rebuilt(op, whole, rows, bias, train_rows=False)
 
