@@ -106,18 +106,18 @@ def _flat(values: Tensor) -> Array:
 
 def _check(flat: Array, k: int, init: str, rate: float, bins: int | None, name: str | None) -> None:
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= MOST:
-        raise FxqError(f"a codebook of {k!r} entries", where=name, way_out=f"Ask for 1 to {MOST}.")
+        raise FxqError(f"a codebook of {k!r} entries", where=name, way_out=f"Ask for 1 to {MOST}")
     if init not in INITS:
-        raise FxqError(f"no start {init!r} of a codebook", where=name, way_out="Known: " + ", ".join(INITS) + ".")
+        raise FxqError(f"no start {init!r} of a codebook", where=name, way_out="Known: " + ", ".join(INITS))
     if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < np.inf or (rate and init != "optimal"):
-        raise FxqError(f"rate {rate!r} with the start {init!r}", where=name, way_out='A rate is a number from 0 on, above 0 with init="optimal" only.')
+        raise FxqError(f"rate {rate!r} with the start {init!r}", where=name, way_out='A rate is a number from 0 on, above 0 with init="optimal" only')
     if bins is not None and not (isinstance(bins, int) and k <= bins <= 1 << 16):
-        raise FxqError(f"{bins!r} bins for {k} entries", where=name, way_out=f"Ask for {k} to {1 << 16}, or leave bins out.")
+        raise FxqError(f"{bins!r} bins for {k} entries", where=name, way_out=f"Ask for {k} to {1 << 16}, or leave bins out")
     for i in range(0, flat.size, CHUNK):
         fine = np.isfinite(flat[i : i + CHUNK])
         if not fine.all():
             at = i + int(np.argmin(fine))
-            raise FxqError(f"the weight holds {flat[at]} (flat index {at})", where=name, way_out="Weights that are shared must be finite.")
+            raise FxqError(f"the weight holds {flat[at]} (flat index {at})", where=name, way_out="Weights that are shared must be finite")
 
 
 def _few(flat: Array, k: int) -> Array | None:
