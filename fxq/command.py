@@ -98,8 +98,9 @@ def _lint(a: argparse.Namespace) -> int:
 
 def _check_options(a: argparse.Namespace) -> None:
     from fxq.errors import TargetError, nearest
-    from fxq.lint import TARGETS
+    from fxq.lint import TARGETS, rules_of
 
+    a.target = rules_of(a.target)
     if a.target not in TARGETS:
         raise TargetError(f"no lint rules for target {a.target!r}", way_out=nearest(a.target, TARGETS))
     if a.fix and a.target == "openvino":

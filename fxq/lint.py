@@ -14,7 +14,7 @@ from typing import Literal, overload
 import onnx
 from onnx import external_data_helper
 
-from fxq import lint_ov, lint_trt
+from fxq import lint_ov, lint_trt, targets
 from fxq.errors import ArtifactError, TargetError, nearest
 from fxq.lint_clips import absorb_clips
 from fxq.lint_graph import BYTES, DQ, Net, Op, Q
@@ -33,6 +33,11 @@ BLOCKED = "_nchwc"
 SMALL = 1 << 20
 """Elements of the largest tensor beside the file that is read: scales and zero points are small."""
 Source = bytes | str | os.PathLike[str] | onnx.ModelProto
+
+
+def rules_of(target: str) -> str:
+    """Name in :data:`TARGETS` of the rules that the files of a target of fxq's are linted with; any other name as it is."""
+    return targets.get(target).lint_name if target not in TARGETS and target in targets.names() else target
 
 
 @overload
@@ -56,6 +61,7 @@ def lint(model: Source, target: str = "onnxruntime") -> LintReport | TrtReport:
         TargetError: for an unknown target; the nearest one is offered.
         ArtifactError: when the file cannot be read, or scales that are stored beside it; when it is no valid graph.
     """
+    target = rules_of(target)
     if target not in TARGETS:
         raise TargetError(f"no lint rules for target {target!r}", way_out=nearest(target, TARGETS))
     proto = load(model)

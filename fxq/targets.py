@@ -55,6 +55,7 @@ class Target:
         float_why: kind of node -> why this runtime executes it in float.
         channel_multiple: widths of layers that its kernels fill whole vectors with (:class:`fxq.pruning.Prune`).
         capability: compute capability of an NVIDIA GPU (``86`` for 8.6), or ``None``.
+        like: name of the target that this one is by another name: what passes decide and what its files hold are the same. Empty for one of its own.
     """
 
     name: str
@@ -76,16 +77,17 @@ class Target:
     float_why: Mapping[str, str] = field(default_factory=dict)
     channel_multiple: int = 16
     capability: int | None = None
+    like: str = ""
 
     @property
     def family(self) -> str:
         """Runtime that takes the graph: ``tensorrt`` for all its capabilities, which differ in nothing that passes decide."""
-        return "tensorrt" if self.placement == "inputs" else self.name
+        return "tensorrt" if self.placement == "inputs" else self.like or self.name
 
     @property
     def lint_name(self) -> str:
         """Name of the rules that its files are linted with."""
-        return self.name if self.placement == "outputs" else "tensorrt" if self.capability is None else f"sm{self.capability}"
+        return self.like or self.name if self.placement == "outputs" else "tensorrt" if self.capability is None else f"sm{self.capability}"
 
     @property
     def fused(self) -> bool:
@@ -163,6 +165,7 @@ _ORT = Target(
     # refuses its own optimized graph where a signed QuantizeLinear was moved across a reshape or transpose (1.31).
     unsigned_codes=True,
 )
+_BITWISE = replace(_ORT, name="bitwise", summary="onnxruntime by another name: low-bit layers run on packed bits", like="onnxruntime")
 INT8_FROM, FLOAT8_FROM = 80, 89
 """Compute capabilities from which TensorRT runs int8 layers in int8, and takes 8-bit floats."""
 _POINTWISE = ("relu", "clamp", "leaky_relu", "sigmoid", "hardsigmoid", "hardswish", "silu", "gelu", "tanh", "add", "mul", "sub", "div")
@@ -208,7 +211,7 @@ def _capability(version: int) -> Target:
     return replace(target, summary=f"{name}: float only (int8 layers build and run in float)", activations=(), weights=(), weight_only=(), int8="")
 
 
-_TABLE: dict[str, Target] = {t.name: t for t in (_ORT, _TENSORRT, _PORTABLE, *map(_capability, (75, 80, 86, 89, 120, 121)))}
+_TABLE: dict[str, Target] = {t.name: t for t in (_ORT, _BITWISE, _TENSORRT, _PORTABLE, *map(_capability, (75, 80, 86, 89, 120, 121)))}
 
 
 def register(target: Target) -> Target:

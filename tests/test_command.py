@@ -30,6 +30,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("clean.onnx --target sm86", 0), ("warn.onnx --target tensorrt", 0), ("bad.onnx --target sm86", 1), ("clean.onnx --target sm75", 1),
         ("clean.onnx --target sm86 --strict", 0), ("warn.onnx --target sm86 --strict", 1), ("bad.onnx", 0), ("float.onnx", 0), ("float.onnx --strict", 1),
+        ("clean.onnx --target portable", 0), ("bad.onnx --target portable", 1), ("bad.onnx --target bitwise", 0), ("float.onnx --target bitwise --strict", 1),
         ("bad.onnx --target sm86 --fix -o fixed.onnx", 0), ("worse.onnx --target sm86 --fix -o fixed.onnx", 1),
     ],
 )  # fmt: skip

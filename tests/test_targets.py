@@ -14,7 +14,7 @@ def test_names() -> None:
     assert targets.names()[0] == "onnxruntime" and targets.get("onnxruntime").summary
     with pytest.raises(TargetError, match="unknown target 'onnxrt'. did you mean 'onnxruntime'"):
         targets.get("onnxrt")
-    with pytest.raises(TargetError, match="a target is a name or a Target, not 3. known: onnxruntime"):
+    with pytest.raises(TargetError, match="a target is a name or a Target, not 3. known: bitwise, onnxruntime"):
         targets.get(3)  # type: ignore[arg-type]
 
 
@@ -58,6 +58,14 @@ def test_tensorrt_refuses_what_it_does_not_run_in_integers(target: str, scheme: 
     with pytest.raises(SchemeError) as e:
         targets.get(target).scheme(scheme)
     assert str(e.value).startswith(text)
+
+
+def test_bitwise_is_onnx_runtime_by_another_name() -> None:
+    t, ort = targets.get("bitwise"), targets.get("onnxruntime")
+    assert t.family == t.lint_name == "onnxruntime" and t.fused
+    assert replace(t, name=ort.name, summary=ort.summary, like="") == ort
+    mine = replace(ort, name="mine")
+    assert mine.family == mine.lint_name == "mine"
 
 
 def test_int8_is_the_best_int8_of_the_target() -> None:
