@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from fxq import graph_json, numerics
 from fxq import graph_json_rules as rules
-from fxq.archive.decoder import Archive, Record
+from fxq.archive.decoder import Archive, Record, inside
 from fxq.archive_items import DTYPES, PARTS
-from fxq.errors import ArchiveError
+from fxq.errors import ArchiveError, ArtifactError
 from fxq.graph_slim import full
 from fxq.shared import lookup
 from fxq.spec import QParams, QuantSpec
@@ -24,6 +24,35 @@ TYPES = {name: dtype for dtype, name in DTYPES.items()}
 MOST = 1 << 17
 """Tensors of a graph, those that they are computed from included."""
 AGAIN = "Lower the model again, or take files from m.lower('archive') and fxq.save_state_dict"
+
+
+FOREIGN = "This file belongs to another model; lower this one and verify that file"
+RUNS = ("bitwise",)
+"""What a file may ask to be run as, instead of as a compiled model."""
+
+
+def run_of(archive: Archive) -> str:
+    """What an open archive is to be run as: one of :data:`RUNS`; empty for a compiled model, or plain tensors.
+
+    Raises:
+        ArchiveError: for anything else.
+    """
+    head: Any = archive.graph
+    if head is None or "run" not in head:
+        return ""
+    if head["run"] not in RUNS:
+        raise ArchiveError(f"it is to run as {str(head['run'])[:40]!r}, which is unknown", way_out="Update fxq")
+    return str(head["run"])
+
+
+def runs_bitwise(data: bytes, where: str) -> bool:
+    """Is an archive one of ``m.lower("bitwise")``?
+
+    Raises:
+        ArchiveError: for a damaged header or index, or an unknown way to run; ``where`` is the file's name.
+    """
+    with inside(where), Archive(data, max_bytes=1 << 62) as archive:
+        return run_of(archive) == "bitwise"
 
 
 def begins_archive(data: bytes) -> bool:
@@ -45,6 +74,28 @@ def graph_of(archive: Archive, max_bytes: int | None = None) -> GraphModule:
         raise ArchiveError("it holds plain tensors, no model", way_out="Read them with fxq.load_state_dict")
     rules.check_size(head)
     return Reader(Store(archive, head, max_bytes)).graph(full(head["graph"]))
+
+
+def own_graph(gm: GraphModule, data: bytes, where: str) -> GraphModule:
+    """The graph of the archive ``data``, which has the nodes of ``gm``.
+
+    Raises:
+        ArtifactError: when the file is damaged, or its graph is another one.
+    """
+    room = sum(t.numel() * t.element_size() for t in [*gm.parameters(), *gm.buffers()])
+    bound = 4 * room + 1024 * len(data) + (64 << 20)
+    with inside(where), Archive(data, max_bytes=bound) as archive:
+        try:
+            again = graph_of(archive, bound)
+        except ArtifactError as e:
+            raise ArtifactError(e.fact, where=f"{where}: {e.where}" if e.where else where, way_out=e.way_out) from e
+    if [_line(n) for n in gm.graph.nodes] != [_line(n) for n in again.graph.nodes]:
+        raise ArtifactError("it holds another graph", where=where, way_out=FOREIGN)
+    return again
+
+
+def _line(n: Node) -> tuple[str, ...]:
+    return n.op, n.name, str(n.target), str(n.args), str(n.kwargs)
 
 
 class Store:

@@ -12,11 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
-from fxq.archive.decoder import Archive, inside
-from fxq.archive_graph import graph_of
-from fxq.errors import ArtifactError
-
-FOREIGN = "This file belongs to another model; lower this one and verify that file"
+from fxq.archive_graph import own_graph
 
 
 @dataclass(frozen=True)
@@ -58,15 +54,7 @@ def verify(gm: GraphModule, data: bytes, where: str, batches: Iterable[tuple[Any
     Raises:
         ArtifactError: when the file is damaged, or its graph is another one.
     """
-    room = sum(t.numel() * t.element_size() for t in [*gm.parameters(), *gm.buffers()])
-    bound = 4 * room + 1024 * len(data) + (64 << 20)
-    with inside(where), Archive(data, max_bytes=bound) as archive:
-        try:
-            again = graph_of(archive, bound)
-        except ArtifactError as e:
-            raise ArtifactError(e.fact, where=f"{where}: {e.where}" if e.where else where, way_out=e.way_out) from e
-    if [_shape(n) for n in gm.graph.nodes] != [_shape(n) for n in again.graph.nodes]:
-        raise ArtifactError("it holds another graph", where=where, way_out=FOREIGN)
+    again = own_graph(gm, data, where)
     modes = [(m, m.training) for m in gm.modules()]
     try:
         gm.eval()
@@ -87,10 +75,6 @@ def _compare(gm: GraphModule, again: GraphModule, batches: Iterable[tuple[Any, .
                 first = name if wrong and first is None else first
         count += 1
     return ArchiveProof(count, len(gm.graph.nodes), elements, differ, first)
-
-
-def _shape(n: Node) -> tuple[str, ...]:
-    return n.op, n.name, str(n.target), str(n.args), str(n.kwargs)
 
 
 def _values(gm: GraphModule, batch: tuple[Any, ...]) -> dict[str, Any]:

@@ -144,6 +144,7 @@ class Inspection:
         file, size: name and bytes. fxq: version that wrote it. format: of the format.
         kind, scheme, target: of the model, empty for plain tensors. nodes: of its graph.
         records: its tensors. overhead: bytes of header and index.
+        run: ``bitwise`` when the model is to run on packed bits, empty for the simulator.
     """
 
     file: str
@@ -156,6 +157,7 @@ class Inspection:
     nodes: int
     records: tuple[Record, ...]
     overhead: int
+    run: str = ""
 
     @property
     def dense(self) -> int:
@@ -164,7 +166,7 @@ class Inspection:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        own = {k: getattr(self, k) for k in ("file", "size", "fxq", "format", "kind", "scheme", "target", "nodes", "overhead")}
+        own = {k: getattr(self, k) for k in ("file", "size", "fxq", "format", "kind", "scheme", "target", "run", "nodes", "overhead")}
         records = [
             {
                 "name": r.name, "dtype": r.dtype, "shape": list(r.shape), "coding": r.coding, "entries": r.entries, "bytes": r.bytes,
@@ -176,8 +178,8 @@ class Inspection:
         return {**own, "dense_bytes": self.dense, "ratio": self.dense / self.size, "records": records}
 
     def __str__(self) -> str:
-        kind, scheme, target = map(shown, (self.kind, self.scheme, self.target))
-        what = f"model ({kind}), scheme {scheme}, target {target}, {self.nodes} nodes" if kind else "plain tensors"
+        kind, scheme, target, run = map(shown, (self.kind, self.scheme, self.target, self.run))
+        what = f"model ({kind}{run and f', runs {run}'}), scheme {scheme}, target {target}, {self.nodes} nodes" if kind else "plain tensors"
         head = f"{self.file}: {what}; archive version {self.format}, written by fxq {shown(self.fxq)}"
         body = []
         for r in self.records:
@@ -207,4 +209,5 @@ def inspection(archive: Archive, file: str) -> Inspection:
     return Inspection(
         file, archive.size, archive.version, VERSION, str(head.get("kind", "")), str(scheme.get("name", "")), str(head.get("target", "")),
         len(nodes) if isinstance(nodes, list) else 0, archive.records, archive.size - sum(r.bytes for r in archive.records),
+        str(head.get("run", "")),
     )  # fmt: skip

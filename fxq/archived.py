@@ -6,25 +6,29 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from fxq import __version__, graph_json, targets
 from fxq import graph_json_rules as rules
 from fxq.archive import encoder
 from fxq.archive.decoder import Archive, opener
-from fxq.archive_graph import AGAIN, Store, begins_archive, graph_of
+from fxq.archive_graph import AGAIN, Store, begins_archive, graph_of, run_of
 from fxq.archive_items import DTYPES, Plan, plain, plan
 from fxq.archive_report import Inspection, inspection
 from fxq.compiled import CompiledModel
-from fxq.errors import ArchiveError, ArtifactError
+from fxq.errors import ArchiveError, ArtifactError, LoweringError
 from fxq.lowering import Artifact
 from fxq.pruned import PrunedModel
 from fxq.schemes import Scheme
 from fxq.snapshot import History, take
 from fxq.trace import Captured
+
+if TYPE_CHECKING:
+    from fxq.bitwise.program import BitProgram
 
 KINDS: dict[str, type[CompiledModel]] = {"compiled": CompiledModel, "pruned": PrunedModel}
 
@@ -47,33 +51,46 @@ def to_items(model: CompiledModel) -> Plan:
     return plan(model.graph_module, model.scheme, model.target)
 
 
-def load(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> CompiledModel:
+def load(path: str | os.PathLike[str], *, max_bytes: int | None = None, run: bool = True) -> CompiledModel | BitProgram:
     """The model of an archive, in eval mode: it computes the same numbers as the one that was lowered; it can be trained on, and lowered.
 
-    Its history is one snapshot, ``load``.
+    Its history is one snapshot, ``load``. Of ``m.lower("bitwise")`` it is a :class:`~fxq.bitwise.program.BitProgram`, which only runs.
 
     Args:
-        path: from ``m.lower("archive").save(path)``.
+        path: from ``m.lower("archive").save(path)`` or ``m.lower("bitwise").save(path)``.
         max_bytes: most bytes of all tensors together; by default 64 MiB and 1024 times the file.
+        run: False gives the compiled model of any file, also of one that is to run on bits: to lower it to ONNX, or to train on.
 
     Raises:
-        ArchiveError: for a file that cannot be read, is damaged, too new or too large, or holds no model.
+        ArchiveError: for a file that cannot be read, is damaged, too new or too large, or holds no model, or none that runs as the file says.
     """
     with _named(path), Archive(path, max_bytes=max_bytes) as archive:
         head: Any = archive.graph
+        runs = run_of(archive)
         if head is not None and head["kind"] not in KINDS:
             raise ArchiveError(f"it holds a model of the unknown kind {str(head['kind'])[:40]!r}", way_out="Update fxq")
         gm = graph_of(archive, max_bytes)
+        if runs and run:
+            return _bitwise(gm)
         scheme: Scheme = rules.fitting(Scheme, {k: graph_json.Reader({}).value(v) for k, v in head["scheme"].items()})
         captured = Captured(gm, "archive", (), nn.Module())
         return KINDS[head["kind"]](gm, captured, History([take(gm, "load")]), scheme, targets.get(head["target"]))
+
+
+def _bitwise(gm: GraphModule) -> BitProgram:
+    from fxq.bitwise.program import BitProgram
+
+    try:
+        return BitProgram(gm)
+    except LoweringError as e:
+        raise ArchiveError(f"it is to run bitwise, but {e.fact}", where=e.where, way_out=AGAIN) from e
 
 
 def load_state_dict(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> dict[str, Tensor]:
     """All tensors of an archive, by the names of the model's own layers (``conv1.weight``), exactly as they were or as the model computes with them.
 
     Args:
-        path: from ``m.lower("archive").save(path)`` or :func:`save_state_dict`.
+        path: from ``m.lower("archive").save(path)``, ``m.lower("bitwise").save(path)`` or :func:`save_state_dict`.
         max_bytes: most bytes of all tensors together; by default 64 MiB and 1024 times the file.
 
     Raises:

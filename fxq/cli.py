@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--calibration-batches", type=_count, metavar="N", help="use at most N batches")
     p.add_argument("--batch-size", type=_count, default=8, metavar="N")
     p.add_argument("--scheme", default="int8", help="see --list schemes; int8, the default, is the int8 that the target runs best")
-    p.add_argument("--target", help="see --list targets (default: onnxruntime, with --to tensorrt: tensorrt)")
+    p.add_argument("--target", help="see --list targets (default: onnxruntime; with --to tensorrt or bitwise: that)")
     p.add_argument("--observer", help="override the scheme's activation observer")
     p.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="layers that stay float (fnmatch on the module path)")
     p.add_argument("--portable", action="store_true", help="weights that give the same numbers on x86 CPUs with and without VNNI")
@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("-o", "--output", metavar="FILE")
     p.add_argument("--save-model", metavar="FILE", help="save the compiled model itself, for fxq.load")
     p.add_argument("--force", action="store_true", help="replace an existing file")
-    p.add_argument("--verify", action="store_true", help="run the file in ONNX Runtime and compare it with the integer reference")
+    p.add_argument("--verify", action="store_true", help="run the file and compare it with the integer reference")
     p.add_argument("--report", metavar="FILE", help="history, graph, histograms, costs and verification as one HTML page")
     p.add_argument("--report-json", metavar="FILE", help="history, bytes and verification as JSON")
     p.add_argument("--print-after", action="append", default=[], metavar="PASS", help="print the graph after this pass")
@@ -93,7 +93,7 @@ def run(a: argparse.Namespace, command: str = "") -> int:
 
     cli_engine.require_consistent(a)
     how, share, budget = cli_prune.request(a), cli_prune.share(a), cli_debug.budget(a)
-    target = a.target or ("tensorrt" if a.to == "tensorrt" else "onnxruntime")
+    target = a.target or (a.to if a.to in ("tensorrt", "bitwise") else "onnxruntime")
 
     model = sources.model_from(a.source)
     if a.weights:
@@ -174,6 +174,8 @@ def _show(a: argparse.Namespace, m: CompiledModel, artifact: Artifact) -> None:
         print(cli_engine.plan_text(a, artifact))  # type: ignore[arg-type]
     if artifact.backend == "archive" and not a.quiet:
         print(artifact.info["table"])
+    if artifact.backend == "bitwise" and not a.quiet:
+        print(artifact.info["summary"], artifact.info["table"].splitlines()[-1], sep="\n")
 
 
 def _say(a: argparse.Namespace, text: str) -> None:

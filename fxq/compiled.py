@@ -43,6 +43,7 @@ BACKENDS: dict[str, str] = {
     "onnx-qdq": "ONNX with Q/DQ pairs and integer weights",
     "onnx": "ONNX; the same writer (for the scheme float)",
     "tensorrt": "TensorRT engine, built with TensorRT-RTX on any machine or with full TensorRT where there is a GPU",
+    "bitwise": "binary and ternary layers on packed bits, XNOR and popcount: a file for fxq.load",
     "archive": "entropy-coded weights with the graph: a file for fxq.load (Deep Compression)",
     "trt-calibration-cache": "scales as a calibration cache for TensorRT 8 to 10.11 (implicit quantization)",
 }
@@ -73,6 +74,10 @@ def _backend(name: str) -> tuple[Callable[..., Lowering], tuple[str, ...]]:
         from fxq.backends.trt_cache import CalibrationCache
 
         return CalibrationCache, ("version",)
+    if name == "bitwise":
+        from fxq.bitwise.backend import BitwiseBackend
+
+        return BitwiseBackend, ("coding",)
     if name == "archive":
         from fxq.backends.archive import ArchiveBackend
 
@@ -253,7 +258,7 @@ class CompiledModel(Debugging, nn.Module):
         """Run the artifact and compare with the integer reference, node by node and end to end.
 
         Of a TensorRT engine the builder's layers are compared with the plan and its ONNX file with the simulator; it runs where there is a GPU.
-        An archive is read, and its model compared with this one bit for bit.
+        An archive is read, and its model compared with this one bit for bit; one that runs on packed bits, with the integer reference.
 
         Args:
             artifact: path or bytes of the lowered file, or what :meth:`lower` returned.
@@ -275,6 +280,10 @@ class CompiledModel(Debugging, nn.Module):
         from fxq import archive_graph
 
         if archive_graph.begins_archive(raw):
+            if archive_graph.runs_bitwise(raw, where):
+                from fxq import bit_proof
+
+                return bit_proof.verify(gm, raw, where, batches)
             from fxq import archive_proof
 
             return archive_proof.verify(gm, raw, where, batches)

@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import astuple, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -20,6 +20,9 @@ from fxq.schemes import Scheme
 from fxq.snapshot import History, NodeRow, Skip, Snapshot
 from fxq.trace import Captured
 from fxq.trainable import TrainableModel
+
+if TYPE_CHECKING:
+    from fxq.bitwise.program import BitProgram
 
 FORMAT, VERSION = "fxq-model", 2
 KINDS: dict[str, type[CompiledModel]] = {"compiled": CompiledModel, "trainable": TrainableModel, "pruned": PrunedModel}
@@ -56,12 +59,15 @@ def save(model: CompiledModel, path: str | os.PathLike[str], *, force: bool = Fa
     return Artifact(FORMAT, encode(w.tensors, {"format": FORMAT, "model": json.dumps(head)})).save(path, force=force)
 
 
-def load(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> CompiledModel:
+def load(path: str | os.PathLike[str], *, max_bytes: int | None = None, run: bool = True) -> CompiledModel | BitProgram:
     """Read what :func:`save` wrote, or ``m.lower("archive").save``: a model that runs, trains on, and lowers.
+
+    Of ``m.lower("bitwise").save`` it is a :class:`~fxq.bitwise.program.BitProgram`: it runs on packed bits.
 
     Args:
         path: of the file.
         max_bytes: of an archive: most bytes of all its tensors together; by default 64 MiB and 1024 times the file.
+        run: False gives the compiled model of a file that is to run on bits, too: to lower it to ONNX, or to train on.
 
     Raises:
         ArtifactError: for a file that cannot be read, is damaged, or is none of fxq's.
@@ -70,7 +76,7 @@ def load(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> Compi
     if Path(path).is_fifo():  # it would be waited for
         raise ArtifactError("it is a pipe", where=where, way_out="Write it to a file first")
     if archived.is_archive(path):
-        return archived.load(path, max_bytes=max_bytes)
+        return archived.load(path, max_bytes=max_bytes, run=run)
     try:
         return _load(Path(path))
     except ArtifactError as e:

@@ -73,7 +73,7 @@ class _Ledger:
 
     def __post_init__(self) -> None:
         everything = self.bound > BOUND  # in float16 even an input is rounded before it meets its grid
-        self.inexact = set(self.reference.gm.graph.nodes) if everything else _inexact(self.reference)  # values that float arithmetic may move
+        self.inexact = set(self.reference.gm.graph.nodes) if everything else inexact(self.reference)  # values that float arithmetic may move
 
     def observe(self, step: Step, value: Any) -> Any:
         """Compare one step's result with the runtime's; go on with the runtime's."""
@@ -81,19 +81,19 @@ class _Ledger:
             return None
         got = _like(self.exposed.get(step), value, step)
         ours, theirs = (_comparable(value.codes), _comparable(got.codes)) if isinstance(value, Codes) else (value, got)
-        wrong = _unequal(ours, theirs)
+        wrong = unequal(ours, theirs)
         self.compared.add(step.name)
         self.count["hidden"] += ours.numel()
         if not bool(wrong.any()):
             return got
         if step.kind == "quantize" and step.core in self.inexact:
-            ties = wrong & _near_half_step(self.reference.rounding, ours, theirs, _quantizer(self.reference, step).rounding, self.bound)
+            ties = wrong & near_half_step(self.reference.rounding, ours, theirs, _quantizer(self.reference, step).rounding, self.bound)
             self.ties[step.name] = self.ties.get(step.name, 0) + int(ties.sum())
             wrong = wrong & ~ties
         differ = int(wrong.sum())
         if differ:
             self.count["hidden_differ"] += differ
-            greatest = _greatest(ours, theirs, wrong)
+            greatest = gap(ours, theirs, wrong)
             self.differences.setdefault(step.name, Difference(step.path, step.name, ours.numel(), differ, greatest, self.cause(step)))
         return got
 
@@ -102,16 +102,16 @@ class _Ledger:
         theirs, o = torch.from_numpy(got), self.outputs[name]
         if o.exact or want.shape != theirs.shape:
             return
-        wrong = _unequal(want, theirs)
+        wrong = unequal(want, theirs)
         if want.is_floating_point():
-            error = _relative(want, theirs, wrong)
+            error = relative(want, theirs, wrong)
             self.outputs[name] = replace(o, error=max(o.error, error))
             bad = error > self.bound or bool((wrong & (torch.isnan(want) | torch.isnan(theirs))).any())
         else:
             bad = float(wrong.to(torch.float64).mean()) > FLIPS
         if bad:
             cause = f"{_island_text(self.reference)} gives another result than the file"
-            self.differences.setdefault(name, Difference(name, name, want.numel(), int(wrong.sum()), _greatest(want, theirs, wrong), cause))
+            self.differences.setdefault(name, Difference(name, name, want.numel(), int(wrong.sum()), gap(want, theirs, wrong), cause))
 
     def end_to_end(self, names: Sequence[str], exact: Sequence[bool], want: Sequence[Tensor], got: Sequence[Any], scales: Sequence[float]) -> None:
         """Compare the outputs of the model."""
@@ -121,13 +121,13 @@ class _Ledger:
             b = torch.from_numpy(value)
             if a.shape != b.shape:
                 raise ArtifactError(f"output {i} has shape {list(b.shape)}, the graph's {list(a.shape)}", way_out=FOREIGN)
-            wrong = _unequal(a, b)
+            wrong = unequal(a, b)
             differ = int(wrong.sum())
             self.count["elements"] += a.numel()
             self.count["differ"] += differ
-            self.greatest = max(self.greatest, _greatest(a, b, wrong) / scales[i])
+            self.greatest = max(self.greatest, gap(a, b, wrong) / scales[i])
             o = self.outputs.setdefault(name, OutputProof(name, exact[i]))
-            drift = max(o.drift, _relative(a, b, wrong))
+            drift = max(o.drift, relative(a, b, wrong))
             self.outputs[name] = replace(o, elements=o.elements + a.numel(), differ=o.differ + differ, drift=drift)
 
     def cause(self, step: Step) -> str:
@@ -172,7 +172,7 @@ def _island_text(reference: Reference, node: Node | None = None) -> str:
     return "a float operation (" + ", ".join(reference.float_nodes[:3]) + ")"
 
 
-def _inexact(reference: Reference) -> set[Node]:
+def inexact(reference: Reference) -> set[Node]:
     """Nodes whose values depend on float arithmetic; movers, ReLU and max-pool only hand values on."""
     islands, found = set(reference.islands), set()
     for n in reference.gm.graph.nodes:
@@ -182,7 +182,7 @@ def _inexact(reference: Reference) -> set[Node]:
     return found
 
 
-def _near_half_step(value: Tensor, ours: Tensor, theirs: Tensor, qp: QParams, bound: float) -> Tensor:
+def near_half_step(value: Tensor, ours: Tensor, theirs: Tensor, qp: QParams, bound: float) -> Tensor:
     """Where two codes are one step apart because ``value`` lies next to the half step between them."""
     a, b, v = ours.to(torch.float64), theirs.to(torch.float64), value.to(torch.float64)
     if qp.spec.kind == "binary":  # its only border is 0
@@ -220,18 +220,20 @@ def _comparable(codes: Tensor) -> Tensor:
     return codes.to(torch.float32) if codes.dtype == torch.float8_e4m3fn else codes
 
 
-def _unequal(a: Tensor, b: Tensor) -> Tensor:
+def unequal(a: Tensor, b: Tensor) -> Tensor:
+    """Where two tensors differ; NaN is equal to NaN."""
     return ~((a == b) | (torch.isnan(a) & torch.isnan(b))) if a.is_floating_point() else a != b
 
 
-def _greatest(a: Tensor, b: Tensor, wrong: Tensor) -> float:
+def gap(a: Tensor, b: Tensor, wrong: Tensor) -> float:
+    """Greatest difference of those in ``wrong``."""
     return float((a[wrong].to(torch.float64) - b[wrong].to(torch.float64)).abs().max()) if bool(wrong.any()) else 0.0
 
 
-def _relative(a: Tensor, b: Tensor, wrong: Tensor) -> float:
+def relative(a: Tensor, b: Tensor, wrong: Tensor) -> float:
     """Greatest difference relative to the greatest finite magnitude of ``b``."""
     top = float(torch.nan_to_num(b.to(torch.float64), posinf=0.0, neginf=0.0).abs().max()) if b.numel() else 0.0
-    return _greatest(a, b, wrong) / max(top, TINY)
+    return gap(a, b, wrong) / max(top, TINY)
 
 
 def verify(
@@ -267,7 +269,7 @@ def verify(
     _require_own(model, reference, names, [i.name for i in full.get_inputs()])
     exposed = Exposed(raw, reference.steps, _outputs(reference.gm, outputs), "extended" if fused else "off")
     ledger = _Ledger(exposed, model, reference, HALF_BOUND if half else BOUND)
-    nodes = _output_nodes(reference.gm)
+    nodes = output_nodes(reference.gm)
     whole = len(nodes) == len(outputs)
     exact = [n not in ledger.inexact for n in nodes] if whole else [not ledger.inexact] * len(outputs)
     scales = [_scale(reference.gm, n) for n in nodes] if whole else [1.0] * len(outputs)
@@ -321,14 +323,15 @@ def _feed(names: list[str], batch: tuple[Any, ...]) -> dict[str, Any]:
     return {n: x.numpy() for n, x in zip(names, batch, strict=True)}
 
 
-def _output_nodes(gm: GraphModule) -> list[Node]:
+def output_nodes(gm: GraphModule) -> list[Node]:
+    """The nodes whose values the graph gives."""
     (output,) = (n for n in gm.graph.nodes if n.op == "output")
     return [n for n in torch.utils._pytree.tree_leaves(output.args[0]) if isinstance(n, Node)]
 
 
 def _outputs(gm: GraphModule, names: list[str]) -> dict[Node, str]:
     """Node -> the file's output that shows its value."""
-    nodes = _output_nodes(gm)
+    nodes = output_nodes(gm)
     return dict(zip(nodes, names, strict=True)) if len(nodes) == len(names) else {}
 
 

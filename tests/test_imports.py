@@ -35,6 +35,7 @@ STREET: tuple[tuple[str, ...], ...] = (
     ("bisect",),
     ("debugging",),
     ("passes", "backends"),
+    ("bitwise",),
     ("lint_graph", "lint_whole", "exposed", "lint_trt_fold", "lint_trt_report", "prunable"),
     ("lint_clips", "verdict", "lint_trt_graph", "lint_report", "lint_ov_rules"),
     ("lint_steps", "lint_trt_flow", "lint_trt_packed", "lint_ov"),
@@ -43,7 +44,7 @@ STREET: tuple[tuple[str, ...], ...] = (
     ("lint_trt", "lint_trt_codes", "lint_trt_scales", "lint_fix_layers"),
     ("lint", "proof", "lint_trt_fix", "lint_fix"),
     ("tensorrt", "archive_graph"),
-    ("engine_proof", "archive_proof"),
+    ("engine_proof", "archive_proof", "bit_proof"),
     ("portability_lint", "admission", "sources", "report", "compressing"),
     ("compiled", "group_sensitivity"),
     ("trainable", "slimming", "pruned", "portability"),
@@ -102,7 +103,7 @@ def faults(name: str, path: Path) -> list[str]:
     for line, target in imports(path):
         other = target.split(".")[0]
         if other == top:
-            own = top in ("zoo", "report", "archive") or (top == "backends" and any({name.split(".")[-1], target.split(".")[-1]} <= one for one in ONE_BACKEND))
+            own = top in ("zoo", "report", "archive", "bitwise") or (top == "backends" and any({name.split(".")[-1], target.split(".")[-1]} <= one for one in ONE_BACKEND))
             fine = own and target != name
         else:
             fine = ROW[other] < ROW[top]

@@ -31,6 +31,8 @@ class ArchiveBackend(Lowering):
     """
 
     name: ClassVar[str] = "archive"
+    run: ClassVar[str] = ""
+    """What :func:`fxq.load` makes of the file; empty for a compiled model."""
 
     def __init__(self, coding: str = "auto") -> None:
         if coding not in encoder.CODINGS:
@@ -61,6 +63,7 @@ class ArchiveBackend(Lowering):
         """The file's bytes, which were decoded once; ``info`` has the report as JSON and as text, and the bytes by part."""
         start = time.perf_counter()
         made = plan(gm, scheme, target, self.coding != "raw")
+        made.head.update({"run": self.run} if self.run else {})
         data, stats, overhead = encoder.write(made.items(), made.head, coding=self.coding, version=__version__)
         encoded = time.perf_counter()
         with Archive(data, max_bytes=1 << 62) as archive:

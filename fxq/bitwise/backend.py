@@ -1,0 +1,52 @@
+"""Lowering to packed bits: an archive that :func:`fxq.load` gives back as a :class:`~fxq.bitwise.program.BitProgram` (``docs/bitwise.md``)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar
+
+from torch.fx import GraphModule
+
+from fxq.backends.archive import ArchiveBackend
+from fxq.bitwise.program import BitProgram, BitReport
+from fxq.errors import LoweringError
+from fxq.lowering import Artifact, Issue
+from fxq.schemes import Scheme
+from fxq.targets import Target
+
+
+class BitwiseBackend(ArchiveBackend):
+    """A graph with binary and ternary layers. The file is an archive of the same graph; weights are packed when it is loaded.
+
+    Args:
+        coding: as of :class:`~fxq.backends.archive.ArchiveBackend`.
+    """
+
+    name: ClassVar[str] = "bitwise"
+    run: ClassVar[str] = "bitwise"
+
+    def __init__(self, coding: str = "auto") -> None:
+        super().__init__(coding)
+        self._found: tuple[GraphModule, BitReport] | None = None
+
+    def check(self, gm: GraphModule, scheme: Scheme, target: Target) -> list[Issue]:
+        """What an archive does not hold, a graph that was placed for another runtime, and one without a layer that can run on bits.
+
+        Layers that stay in int8 or float are no issue: they stand in the report, with the reason.
+        """
+        if not target.fused:
+            return [Issue("target", f"the graph is placed for {target.name!r}", "Compile it with target='bitwise' and a scheme such as xnor_w1a1")]
+        issues = super().check(gm, scheme, target)
+        if not issues:
+            try:
+                self._found = gm, BitProgram(gm).report()
+            except LoweringError as e:
+                issues.append(Issue(e.where or "model", e.fact, e.way_out or ""))
+        return issues
+
+    def emit(self, gm: GraphModule, scheme: Scheme, target: Target) -> Artifact:
+        """The file's bytes; ``info`` has what the archive's has, ``bitwise`` (the program's report) and ``summary`` (the same as text)."""
+        assert self._found is not None and self._found[0] is gm, "check comes first"
+        report, self._found = self._found[1], None
+        made = super().emit(gm, scheme, target)
+        return replace(made, info={**made.info, "bitwise": report.to_json(), "summary": str(report)})
