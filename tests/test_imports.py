@@ -67,6 +67,9 @@ ONE_BACKEND = (
 )
 """The ONNX writer and TensorRT are one backend each in several files, which may import each other; any other import between backends is forbidden."""
 
+FREE = ("zoo", "report", "archive", "bitwise")
+"""Packages whose files may import each other."""
+
 ROW = {name: i for i, row in enumerate(STREET) for name in row}
 
 
@@ -103,7 +106,7 @@ def faults(name: str, path: Path) -> list[str]:
     for line, target in imports(path):
         other = target.split(".")[0]
         if other == top:
-            own = top in ("zoo", "report", "archive", "bitwise") or (top == "backends" and any({name.split(".")[-1], target.split(".")[-1]} <= one for one in ONE_BACKEND))
+            own = top in FREE or (top == "backends" and any({name.split(".")[-1], target.split(".")[-1]} <= one for one in ONE_BACKEND))
             fine = own and target != name
         else:
             fine = ROW[other] < ROW[top]
