@@ -22,6 +22,8 @@ _PUBLIC = {
     "CompiledModel": "fxq.compiled",
     "capture": "fxq.trace",
     "doctor": "fxq.diagnosis",
+    "layer_times": "fxq.layer_timing",
+    "LayerTimes": "fxq.layer_table",
     "Scheme": "fxq.schemes",
     "QuantSpec": "fxq.spec",
     "QParams": "fxq.spec",

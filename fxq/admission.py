@@ -134,6 +134,19 @@ def require_budget(scheme: Scheme, mode: str) -> None:
         raise SchemeError(f"the scheme {scheme.name!r} has no integer weights whose bits can be chosen", way_out="Use scheme='iao_w8a8'")
 
 
+def require_lowbit(scheme: Scheme, int8: bool, times: bool) -> None:
+    """Refuse ``int8=`` and ``times=`` where they would mean nothing.
+
+    Raises:
+        SchemeError: naming the argument.
+    """
+    if int8 and (scheme.method != "static" or scheme.stream is None):
+        fact = "is int8 already" if scheme.method == "static" else f"is {scheme.method}"
+        raise SchemeError(f"int8= keeps layers of a low-bit scheme in 8 bits, {scheme.name!r} {fact}", way_out="Leave int8= out, or use a scheme like xnor_w1a1")
+    if times and not scheme.auto:
+        raise SchemeError(f"times= is what 'auto-lowbit' chooses by, the scheme is {scheme.name!r}", way_out="Use scheme='auto-lowbit', or leave times= out")
+
+
 def check_requests(prune: Any, share: Any) -> None:
     """Refuse requests of another type.
 

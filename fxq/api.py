@@ -39,13 +39,14 @@ from fxq.pipeline import Pass, PassContext, Pipeline, Progress, no_progress
 from fxq.progress import ProgressBar
 from fxq.pruned import PrunedModel
 from fxq.schemes import Scheme
-from fxq.selectors import inside, require_named
+from fxq.selectors import Selector, inside, require_named
 from fxq.snapshot import History, Skip, take
 from fxq.targets import Target
 from fxq.trace import Captured, capture, resized
 from fxq.trainable import TrainableModel
 
 if TYPE_CHECKING:
+    from fxq.layer_table import LayerTimes
     from fxq.mixed import Budget
     from fxq.prune_report import PruneReport
     from fxq.pruning import Prune
@@ -59,7 +60,7 @@ MODES = ("ptq", "qat")
 SHARED_LAYERS = ("layers= of Share", "share-weights")
 
 
-def _front(scheme: Scheme, how: Prune | None = None) -> tuple[Pass, ...]:
+def _front(scheme: Scheme, how: Prune | None = None, times: LayerTimes | None = None) -> tuple[Pass, ...]:
     """The passes up to the calibrated and converted graph."""
     head: tuple[Pass, ...] = (Canonicalize(), PropagateShapes())
     if how is not None and how.cuts_channels:
@@ -70,15 +71,22 @@ def _front(scheme: Scheme, how: Prune | None = None) -> tuple[Pass, ...]:
         from fxq.passes.prune_weights import PruneWeights
 
         head = (*head, PruneWeights(how))
+    if scheme.auto:
+        from fxq.auto_lowbit import asker
+        from fxq.passes.choose_layers import ChooseLayers
+
+        head = (*head, ChooseLayers(asker(scheme, times)))
     if scheme.activations in ("sign", "ternary") or scheme.order:
         head = (*head, ReplaceActivations())
     head = (*head, FoldBN(), Legalize(), Annotate(), ShareQParams())
     return (*head, NarrowInputs()) if scheme.stream is not None else head
 
 
-def training_pipeline(scheme: Scheme, observer: str | None, calibrated: bool, how: Prune | None = None, share: bool = False) -> Pipeline:
+def training_pipeline(
+    scheme: Scheme, observer: str | None, calibrated: bool, how: Prune | None = None, share: bool = False, times: LayerTimes | None = None
+) -> Pipeline:
     """The passes that make a model trainable, in order. ``share``: its weights share codebooks from the start, if the scheme says so."""
-    passes: tuple[Pass, ...] = (*_front(scheme, how), Calibrate(observer=observer), Convert(), PrepareTraining(calibrated))
+    passes: tuple[Pass, ...] = (*_front(scheme, how, times), Calibrate(observer=observer), Convert(), PrepareTraining(calibrated))
     if share and scheme.share is not None:
         from fxq.passes.share_weights import ShareWeights
 
@@ -120,6 +128,8 @@ def compile(
     states: bool = True,
     numbers: bool = False,
     budget: Budget | None = None,
+    int8: Selector | Sequence[Selector] = (),
+    times: LayerTimes | None = None,
 ) -> CompiledModel:
     """Capture ``model`` (a copy), rewrite it for ``target`` and quantize it, after training or to be trained.
 
@@ -146,6 +156,9 @@ def compile(
         numbers: measure how far every value moves in every pass (``m.history.numbers(name)``): one run of the first inputs a pass.
         budget: bits of each layer's weights under a limit (:class:`~fxq.mixed.Budget`): the layers that matter most keep theirs. What was chosen is in
             ``m.bit_plan``. The calibration batches are then held in memory, and the model is compiled twice.
+        int8: layers that a low-bit scheme keeps in 8 bits, named as for ``skip``; among them the first and the last one, which it would leave float.
+        times: for ``scheme="auto-lowbit"``: times of another process or machine (:func:`fxq.layer_times`) to choose by; without them layers are measured
+            here. The times that it chose by are in ``m.layer_times``.
         progress: a bar on a terminal or in a notebook; False for none; or a callback ``(what, done, total)`` instead.
 
     Raises:
@@ -182,14 +195,17 @@ def compile(
         raise CalibrationError("the shapes are not known", way_out="Pass example= with one batch of inputs, or calibration=")
     if budget is not None:
         admission.require_budget(sch, mode)
+    eights = _listed(int8)
+    admission.require_lowbit(sch, bool(eights), times is not None)
     measures = prune is not None and prune.sparsity_scope == "sensitivity"
     with distributed.meeting(sch.method == "static" or measures):
         spare = example if distributed.world() > 1 else None
         data = Batches(calibration if calibration is not None else [example], net, limit=batches, spare=spare)
-        left = tuple(skip) if isinstance(skip, Sequence) and not isinstance(skip, str) else (skip,)
+        left = _listed(skip)
         with nullcontext(progress) if callable(progress) else ProgressBar() if progress else nullcontext(no_progress) as report:
             ctx = PassContext(sch, tgt, (), data, left, report, train=mode == "qat", states=states or budget is not None, numbers=numbers)
-            how = _How(observer, tuple(leaf_modules), calibration is not None, prune, portable)
+            ctx.int8_nodes = eights
+            how = _How(observer, tuple(leaf_modules), calibration is not None, prune, portable, times)
             made = _compile(net, data, ctx, how) if budget is None else _mixed(net, data, ctx, how, budget, states)
             made.prune_report = made.prune_report or before
             return made
@@ -204,6 +220,11 @@ class _How:
     calibrated: bool
     prune: Prune | None
     portable: bool
+    times: LayerTimes | None
+
+
+def _listed(selectors: Selector | Sequence[Selector]) -> tuple[Selector, ...]:
+    return tuple(selectors) if isinstance(selectors, Sequence) and not isinstance(selectors, str) else (selectors,)
 
 
 def _mixed(net: nn.Module, data: Batches, ctx: PassContext, how: _How, budget: Budget, states: bool) -> CompiledModel:
@@ -252,9 +273,9 @@ def _model(gm: GraphModule, captured: Captured, ctx: PassContext, how: _How, his
     """Run the passes on a captured graph; what is trained first is converted unless it was asked for."""
     if ctx.train or ctx.scheme.trains:
         wanted, ctx.train = ctx.train, True
-        training_pipeline(ctx.scheme, how.observer, how.calibrated, how.prune, share=not wanted).run(gm, ctx, history)
+        training_pipeline(ctx.scheme, how.observer, how.calibrated, how.prune, share=not wanted, times=how.times).run(gm, ctx, history)
         model = TrainableModel(gm, captured, history, ctx.scheme, ctx.target)
-        report = _pruned(gm)
+        model.layer_times, report = gm.meta.pop("layer_times", None), _pruned(gm)
         made = model if wanted else model.convert()
     else:
         pipeline_for(ctx.scheme, how.observer, how.prune, how.portable).run(gm, ctx, history)
@@ -279,11 +300,11 @@ def _compile_parts(captured: Captured, data: Iterable[tuple[Any, ...]], outer: P
     seen = _record_inputs(root, list(captured.parts), data) if static else {}
     model = CompiledModel(root, captured, History(), sch, tgt)
     for path, (gm, example) in captured.parts.items():
-        skips = tuple(p.removeprefix(f"{path}.") if isinstance(p, str) else p for p in outer.float_nodes)
+        skips, eights = (tuple(p.removeprefix(f"{path}.") if isinstance(p, str) else p for p in s) for s in (outer.float_nodes, outer.int8_nodes))
         history = History([take(gm, "trace", ms=ms)])
         names = [n for n, _ in gm.named_modules()]
         own = sch if sch.share is None else replace(sch, share=replace(sch.share, layers=inside(sch.share.layers, path, names)))
-        ctx = PassContext(own, tgt, example, seen.get(path), skips, outer.progress, states=outer.states, numbers=outer.numbers)
+        ctx = PassContext(own, tgt, example, seen.get(path), skips, outer.progress, states=outer.states, numbers=outer.numbers, int8_nodes=eights)
         try:
             asked = None if how.prune is None else how.prune.inside(path, names)
             part = _model(gm, captured, ctx, replace(how, prune=asked), history)

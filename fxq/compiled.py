@@ -28,6 +28,7 @@ from fxq.trace import Captured
 if TYPE_CHECKING:
     from fxq.archive_proof import ArchiveProof
     from fxq.engine_proof import EngineProof
+    from fxq.layer_table import LayerTimes
     from fxq.lint import LintReport
     from fxq.lint_trt_report import TrtReport
     from fxq.mixed import BitPlan
@@ -108,6 +109,7 @@ class CompiledModel(Debugging, nn.Module):
         captured: how the model was captured (rung, notes, what it is specialised to).
         prune_report: what ``prune=`` cut, or None.
         bit_plan: what ``budget=`` chose, or None.
+        layer_times: what the scheme ``auto-lowbit`` chose by, or None.
         parts: of a model that could only be captured in parts: module path -> CompiledModel; otherwise empty.
     """
 
@@ -118,6 +120,7 @@ class CompiledModel(Debugging, nn.Module):
         self.parts: dict[str, CompiledModel] = {}
         self.prune_report: PruneReport | None = None
         self.bit_plan: BitPlan | None = None
+        self.layer_times: LayerTimes | None = None
         self._reference: Any = None
         self._engines: dict[str, Artifact] = {}
         self.eval()

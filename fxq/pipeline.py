@@ -46,6 +46,7 @@ class PassContext:
         states: keep the graph after every pass in the history.
         numbers: measure how far every value moves in every pass.
         kept: the first calibration batches, for passes that measure after ``calibrate`` (filled by it where the scheme needs them).
+        int8_nodes: weighted layers that a low-bit scheme keeps in 8 bits, named like ``float_nodes``.
         skips: filled through :meth:`skip`.
     """
 
@@ -62,6 +63,7 @@ class PassContext:
     states: bool = True
     numbers: bool = False
     bits: Mapping[str, int] = field(default_factory=dict)
+    int8_nodes: tuple[str | type | int, ...] = ()
 
     @property
     def probed(self) -> tuple[Any, ...]:

@@ -30,10 +30,12 @@ class Plan:
         self.kinds = {n: kind(gm, n) for n in gm.graph.nodes}
         self.changed = 0
         self._matched: set[Any] = set()
+        self._matched8: set[Any] = set()
         weighted = [n for n, k in self.kinds.items() if k in WEIGHTED]
         self.stand_ins = {n for n in weighted if getattr(module_of(gm, n), "stands_in", False)}
         self.layers = [n for n in weighted if n not in self.stand_ins]
         self.roles = roles(self.kinds, self.layers) if ctx.scheme.float_layers or ctx.scheme.int8_layers else {}
+        self.asked8 = {n for n in self.layers if self._asked8(n)} if ctx.int8_nodes else set()
 
     def weights_only(self) -> None:
         """The schemes without calibrated activation grids: float, dynamic, weight-only."""
@@ -80,13 +82,23 @@ class Plan:
                 if self.ctx.scheme.share is not None:
                     node.meta["left"] = why
                 return why
-        for role in self.ctx.scheme.float_layers:
+        for role in self.ctx.scheme.float_layers if node not in self.asked8 else ():
             if role in self.roles.get(node, ()):
                 return f"the scheme leaves the {role} layer float" if role != "shortcut" else "the scheme leaves layers on shortcuts float"
         module = float_module(self.gm, node) if self.kinds[node] == "conv_transpose" and self._by_channel else None
         if module is not None and module.groups != 1:
             return "a grouped transposed convolution has no scale for each output channel"
         return None
+
+    def _asked8(self, node: Node) -> bool:
+        """Does the user want this layer in 8 bits?"""
+        found = [s for s in self.ctx.int8_nodes if matches(self.gm, node, s, self.layers)]
+        self._matched8.update(found)
+        return bool(found)
+
+    def keeps8(self, node: Node) -> bool:
+        """A layer that a low-bit scheme, or the user, keeps in 8 bits; ``last_input`` keeps only what the last layer reads."""
+        return node in self.asked8 or any(r in self.ctx.scheme.int8_layers for r in self.roles.get(node, ()) if r != "last_input")
 
     @property
     def _by_channel(self) -> bool:
@@ -98,16 +110,18 @@ class Plan:
         for node in self.stand_ins if self.ctx.scheme.stream is not None else ():
             if node.meta.get("integer"):
                 node.meta["int8_layer"], node.meta["weight_spec"] = True, str(S8N)
-        for node, roles_ in self.roles.items():
-            wanted = [r for r in self.ctx.scheme.int8_layers if r in roles_ and r != "last_input"]
-            if node.meta.get("integer") and wanted:
+        for node in self.layers:
+            if node.meta.get("integer") and self.keeps8(node):
                 node.meta["int8_layer"], node.meta["weight_spec"] = True, str(S8N)
 
     def check_patterns(self) -> None:
-        """Record the patterns of ``skip=`` that match nothing."""
+        """Record the patterns of ``skip=`` and ``int8=`` that match nothing."""
         for pattern in self.ctx.float_nodes:
             if pattern not in self._matched:
                 self.ctx.skip(str(pattern), "this pattern of skip= matches no layer")
+        for pattern in self.ctx.int8_nodes:
+            if pattern not in self._matched8:
+                self.ctx.skip(str(pattern), "this pattern of int8= matches no layer")
 
 
 def roles(kinds: dict[Node, str], layers: list[Node]) -> dict[Node, set[str]]:

@@ -55,6 +55,7 @@ class Scheme:
         order: ``B-A-C-P``: poolings move in front of batch norm and activation, right behind the layer; ``C-B-A-P``: behind them; empty: as they are.
         batch_norm: ``folded``: weights are rounded with the batch norm folded in; ``plain``: as they are, and the scale takes it over.
         share: weights of each layer share the values of a codebook (:class:`fxq.sharing.Share`), or ``None``.
+        auto: layers that run faster in int8 than as the scheme has them become 8-bit ones (:mod:`fxq.auto_lowbit`).
     """
 
     name: str
@@ -82,6 +83,7 @@ class Scheme:
     order: str = ""
     batch_norm: str = "folded"
     share: Share | None = None
+    auto: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -114,6 +116,8 @@ class Scheme:
             raise SchemeError(f"scheme {self.name!r} has {self.activations} activations but no stream", way_out="Set stream=QuantSpec.parse('u8/pt')")
         if self.weights == "dorefa" and self.weight is not None and not 2 <= self.weight.bits <= 8:
             raise SchemeError(f"scheme {self.name!r} has DoReFa weights of {self.weight.bits} bits", way_out="Use 2 to 8; for 1 bit weights='sign'")
+        if self.auto and self.activations not in ("sign", "ternary"):
+            raise SchemeError(f"scheme {self.name!r} has nothing that runs on bits to choose", way_out="Set activations='sign' or 'ternary', or auto=False")
         if not self.clip > 0:
             raise SchemeError(f"scheme {self.name!r} clips at {self.clip}", way_out="Clip at a positive number")
         if self.share is not None:
@@ -283,6 +287,7 @@ for _scheme in (
     Scheme("xnor_w1a32", "weight-only", B1, summary="binary weights with a scale for each channel, float activations", **_SIGNS),
     Scheme("bnn_w1a1", "static", B1, SIGN, summary="binary weights -1 and 1, binary activations", scaled=False, **_SIGNS, **_TO_SIGN),
     Scheme("xnor_w1a1", "static", B1, SIGN, summary="binary weights with a scale for each channel, binary activations", **_SIGNS, **_TO_SIGN),
+    Scheme("auto-lowbit", "static", B1, SIGN, summary="xnor_w1a1 where that is faster than int8 on this machine, else int8", auto=True, **_SIGNS, **_TO_SIGN),
     Scheme("xnor_w1a1_k", "static", B1, SIGN, summary="xnor_w1a1, outputs times the local mean of the input", box_scale=True, **_SIGNS, **_TO_SIGN),
     Scheme("twn_wta32", "weight-only", T2, summary="ternary weights, float activations", weights="ternary", float_layers=_ENDS),
     Scheme("twn_wta8", "static", T2, U8, summary="ternary weights, u8 activations", weights="ternary", stream=U8, int8_layers=_ENDS),

@@ -236,7 +236,9 @@ class TrainableModel(CompiledModel):
                 swap_module(gm, node, fq.deployed(qp))
         finish(gm)
         history = History([*self.history, *more, take(gm, "convert-trained")], self.history.example)
-        return CompiledModel(gm, self.captured, history, self.scheme, self.target)
+        made = CompiledModel(gm, self.captured, history, self.scheme, self.target)
+        made.layer_times = self.layer_times
+        return made
 
     def _require_data(self, what: str) -> None:
         for path, m in self.named_modules():

@@ -33,4 +33,4 @@ def test_random_graphs_equal_the_reference(first: int) -> None:
 
 def test_every_low_bit_scheme_is_among_them() -> None:
     known = {n for n in schemes.names() if schemes.get(n).trains and schemes.get(n).share is None}
-    assert {n.removesuffix("_pact").removesuffix("_lsq").removesuffix("_plain") for n in known} <= {*SCHEMES, "iao_w8a8", "bnn_w1a32"}
+    assert {n.removesuffix("_pact").removesuffix("_lsq").removesuffix("_plain") for n in known} <= {*SCHEMES, "iao_w8a8", "bnn_w1a32", "auto-lowbit"}

@@ -144,7 +144,7 @@ def test_schemes_that_make_no_sense(change: dict[str, object], text: str) -> Non
 
 
 def test_names() -> None:
-    with pytest.raises(SchemeError, match="unknown scheme 'xyzzy'. known: bnn_w1a1, bnn_w1a32, "):
+    with pytest.raises(SchemeError, match="unknown scheme 'xyzzy'. known: auto-lowbit, bnn_w1a1, bnn_w1a32, "):
         schemes.get("xyzzy")
     with pytest.raises(SchemeError, match="a scheme is a name or a Scheme, not None"):
         schemes.get(None)  # type: ignore[arg-type]

@@ -121,7 +121,7 @@ class OutputsPlan(Plan):
         """
         if self.ctx.scheme.stream is None:
             return False
-        if "first" in self.roles.get(node, ()) and "first" in self.ctx.scheme.float_layers:
+        if "first" in self.roles.get(node, ()) and "first" in self.ctx.scheme.float_layers and node not in self.asked8:
             return self.kinds[node] == "conv" or len(shape(node)) == 2
         return self.kinds[node] in (*POINTWISE, "max_pool") and bool(data_inputs(node)) and all(i in self.behind_float for i in data_inputs(node))
 

@@ -67,12 +67,12 @@ def narrow_grid(grid: Grid, scheme: Scheme) -> Grid:
 
 
 def _computed(gm: GraphModule) -> set[str]:
-    """Grids of values that integer operations other than weighted layers compute: sums, products, tables, means.
+    """Grids of values that integer operations other than binary layers compute: sums, products, tables, means, 8-bit layers.
 
-    A runtime gives the sign of a layer's sum, and of a value on a grid, in integers; the sign of these it would compute in float.
+    A runtime gives the sign of a binary layer's sum, which is never 0, and of a value on a grid, in integers; the sign of these it would compute in float.
     """
     kinds = ((n, kind(gm, n)) for n in gm.graph.nodes if n.meta.get("integer") and "grid" in n.meta)
-    return {n.meta["grid"] for n, k in kinds if k not in (*WEIGHTED, *MOVERS)}
+    return {n.meta["grid"] for n, k in kinds if k not in (*WEIGHTED, *MOVERS) or n.meta.get("int8_layer")}
 
 
 def _read_by_others(gm: GraphModule, layers: set[Node]) -> set[str]:

@@ -38,7 +38,7 @@ class ReplaceActivations(Pass):
         if scheme.activations not in ("sign", "ternary"):
             return moved
         plan = Plan(gm, ctx)
-        layers = [n for n in plan.layers if plan.excluded(n) is None and not any(r in plan.roles.get(n, ()) for r in scheme.int8_layers)]
+        layers = [n for n in plan.layers if plan.excluded(n) is None and not plan.keeps8(n)]
         made: dict[Node, Node] = {}
         changed = moved
         for layer in layers:

@@ -1,0 +1,266 @@
+"""One layer of a given shape in float32, in int8 and on bits, ready to run; and its times, measured in turns."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from fxq.bitwise import engine as engines
+from fxq.bitwise import layout
+from fxq.layer_shapes import BITS, CODES, FLOAT, TRITS, Form, LayerShape, plain_module
+
+if TYPE_CHECKING:
+    import onnx
+
+Run = Callable[[], Any]
+Array = np.ndarray[Any, Any]
+SEED = 0
+WARMUP = 3
+
+
+@dataclass(frozen=True)
+class Time:
+    """Median of repeated runs.
+
+    Attributes:
+        us: microseconds.
+        spread: distance of the quartiles over the median.
+    """
+
+    us: float
+    spread: float
+
+
+def numbers(*shape: int) -> Array:
+    """Seeded normal float32 values."""
+    return np.random.default_rng(SEED).standard_normal(shape, np.float32)
+
+
+def torch_run(shape: LayerShape, channels_last: bool = False) -> Run:
+    """The layer in torch, float32, with a bias."""
+    torch_state = torch.random.get_rng_state()
+    torch.manual_seed(SEED)
+    layer = plain_module(shape).eval()
+    torch.random.set_rng_state(torch_state)
+    x = torch.from_numpy(_float_input(shape))
+    if channels_last and x.ndim == 4:
+        layer, x = layer.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+
+    def run() -> Any:
+        with torch.inference_mode():
+            return layer(x)
+
+    return run
+
+
+def _float_input(shape: LayerShape) -> Array:
+    return numbers(shape.batch, shape.inputs, *shape.size)
+
+
+def onnx_float_run(shape: LayerShape, threads: int) -> Run:
+    """The layer in ONNX Runtime, float32 NCHW in and out, with a bias."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    w, bias = numbers(*shape.weight), np.zeros(shape.outputs, np.float32)
+    stored = [numpy_helper.from_array(w, "w"), numpy_helper.from_array(bias, "b")]
+    if shape.kind == "linear":
+        node = helper.make_node("Gemm", ["x", "w", "b"], ["y"], transB=1)
+    else:
+        more: dict[str, Any] = {"output_padding": shape.output_padding} if shape.output_padding else {}
+        node = helper.make_node("ConvTranspose" if shape.kind == "conv_transpose" else "Conv", ["x", "w", "b"], ["y"], **_window(shape), **more)
+    x = _float_input(shape)
+    return _session_run(_model(node, stored, x, TensorProto.FLOAT), x, threads)
+
+
+def onnx_int8_run(shape: LayerShape, threads: int) -> Run | None:
+    """The layer in ONNX Runtime's integer kernel as it runs inside a net: u8 codes in and out, channels last, s8 weights by channel, an int32 bias.
+
+    Returns:
+        ``None`` for a transposed convolution, for which there is no such kernel.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    if shape.kind == "conv_transpose":
+        return None
+    rng = np.random.default_rng(SEED)
+    parts: dict[str, Any] = {
+        "xs": np.float32(0.02), "xz": np.uint8(128), "w": rng.integers(-127, 128, shape.weight, np.int8),
+        "ws": np.full(shape.outputs, 0.01, np.float32), "wz": np.zeros(shape.outputs, np.int8), "b": np.zeros(shape.outputs, np.int32),
+        "ys": np.float32(0.05), "yz": np.uint8(128),
+    }  # fmt: skip
+    if shape.kind == "linear":
+        parts["w"] = np.ascontiguousarray(parts["w"].T)
+        names = ["x", "xs", "xz", "w", "ws", "wz", "b", "ys", "yz"]
+        node = helper.make_node("QGemm", names, ["y"], domain="com.microsoft")
+        x = rng.integers(0, 256, (shape.batch, shape.inputs), np.uint8)
+    else:
+        names = ["x", "xs", "xz", "w", "ws", "wz", "ys", "yz", "b"]
+        node = helper.make_node("QLinearConv", names, ["y"], domain="com.microsoft", channels_last=1, **_window(shape))
+        x = rng.integers(0, 256, (shape.batch, *shape.size, shape.inputs), np.uint8)
+    stored = [numpy_helper.from_array(np.asarray(v), k) for k, v in parts.items()]
+    return _session_run(_model(node, stored, x, TensorProto.UINT8), x, threads)
+
+
+def _window(shape: LayerShape) -> dict[str, Any]:
+    return {"kernel_shape": shape.kernel, "strides": shape.stride, "pads": shape.pads, "dilations": shape.dilation, "group": shape.groups}
+
+
+def _model(node: Any, stored: list[Any], x: Array, kind: int) -> onnx.ModelProto:
+    from onnx import helper
+
+    graph = helper.make_graph([node], "layer", [helper.make_tensor_value_info("x", kind, x.shape)], [helper.make_tensor_value_info("y", kind, None)], stored)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)], ir_version=8)
+
+
+def _session_run(model: onnx.ModelProto, x: Array, threads: int) -> Run:
+    import onnxruntime as ort
+
+    o = ort.SessionOptions()
+    o.intra_op_num_threads, o.inter_op_num_threads, o.log_severity_level = threads, 1, 4
+    o.add_session_config_entry("session.force_spinning_stop", "1")
+    session = ort.InferenceSession(model.SerializeToString(), o, providers=["CPUExecutionProvider"])
+    bound = session.io_binding()
+    bound.bind_ortvalue_input("x", ort.OrtValue.ortvalue_from_numpy(x))
+    bound.bind_output("y")
+    return lambda: session.run_with_iobinding(bound)
+
+
+def bit_runs(shape: LayerShape, form: Form, threads: int) -> dict[str, Run]:
+    """The layer on bits: ``bits`` in the given form, as it runs inside a net; ``packed`` alone, with packing of float32 NCHW values and a float32 result."""
+    engine, layer = engines.engine(), bit_weights(shape, form.weights == "ternary")
+    planes, size = 2 if form.activations == "ternary" else 1, _area(shape)
+    values = numbers(size[0], shape.inputs, size[1] * size[2])
+    alone = layout.float_epilogue(layer, 1, 0, np.float32(0.02))
+    inside = {
+        BITS: layout.sign_epilogue(layer, 0), TRITS: layout.ternary_epilogue(layer, -9, 9), FLOAT: alone,
+        CODES: layout.codes_epilogue(layer, 1, 0, np.float32(0.5), qmin=0, qmax=255, zero=128),
+    }[form.gives]  # fmt: skip
+
+    def packed(x: Array, lo: float, hi: float, channels_last: bool) -> Array:
+        return engine.pack(x, lo, hi, planes, channels_last, threads).reshape(planes, *size, -1)
+
+    bits = packed(values, *BOUNDS[planes], False)
+    codes = np.ascontiguousarray(np.clip(np.rint(values * 40 + 128), 0, 255).astype(np.uint8).transpose(0, 2, 1))
+    run: Run = {
+        BITS: lambda: engine.conv(bits, layer, inside, threads),
+        CODES: lambda: engine.conv(packed(codes, *CODE_BOUNDS[planes], True), layer, inside, threads),
+        FLOAT: lambda: engine.conv(packed(values, *BOUNDS[planes], False), layer, inside, threads),
+    }[BITS if form.reads == TRITS else form.reads]
+    return {"bits": run, "packed": lambda: engine.conv(packed(values, *BOUNDS[planes], False), layer, alone, threads)}
+
+
+BOUNDS = {1: (0.0, 0.0), 2: (-0.4, 0.4)}
+"""Thresholds of a sign and of a ternary activation (TBN's 0.4 times the mean of ``|x|``, about), by planes."""
+CODE_BOUNDS = {1: (127, 128), 2: (112, 144)}
+
+
+def bit_weights(shape: LayerShape, ternary: bool = False) -> layout.Layer:
+    """Packed random weights of a convolution over one or two dimensions or of a linear layer."""
+    rng = np.random.default_rng(SEED)
+    codes = rng.integers(-1, 2, shape.weight).astype(np.int8) if ternary else rng.choice(np.array([-1, 1], np.int8), shape.weight)
+    if not shape.kernel:
+        return layout.pack_layer(codes)
+    if len(shape.kernel) == 2:
+        top, left, bottom, right = shape.pads
+        return layout.pack_layer(codes, groups=shape.groups, stride=shape.stride, padding=(top, bottom, left, right), dilation=shape.dilation)
+    (stride,), (dilation,) = shape.stride, shape.dilation
+    return layout.pack_layer(codes[:, :, None], groups=shape.groups, stride=(1, stride), padding=(0, 0, *shape.pads), dilation=(1, dilation))
+
+
+def _area(shape: LayerShape) -> tuple[int, int, int]:
+    """Batch, rows and columns of what the kernel on bits reads; rows of a linear layer are columns."""
+    if not shape.kernel:
+        return 1, 1, shape.batch
+    return (shape.batch, *(shape.size if len(shape.size) == 2 else (1, *shape.size)))  # type: ignore[return-value]
+
+
+BUDGET = 0.3
+"""Seconds that the runs of one layer may take, about; at least :data:`LEAST` rounds are made."""
+LEAST, MOST = 5, 61
+
+
+def timed(runs: dict[str, Run], threads: int = 1, budget: float = BUDGET) -> dict[str, Time]:
+    """Median of each run, taken in turns so that the machine's noise hits all alike: processor time of one thread, wall time of several."""
+    clock = time.thread_time if threads == 1 else time.perf_counter
+    for run in runs.values():
+        for _ in range(WARMUP):
+            run()
+    start = time.perf_counter()
+    found: dict[str, list[float]] = {k: [] for k in runs}
+    while len(next(iter(found.values()))) < MOST:
+        for k, run in runs.items():
+            begin = clock()
+            run()
+            found[k].append(clock() - begin)
+        if time.perf_counter() - start > budget and len(next(iter(found.values()))) >= LEAST:
+            break
+    return {k: _time(v) for k, v in found.items()}
+
+
+def _time(seconds: list[float]) -> Time:
+    low, middle, high = statistics.quantiles(seconds, n=4)
+    return Time(1e6 * middle, (high - low) / middle if middle else 0.0)
+
+
+@dataclass(frozen=True)
+class Times:
+    """What one layer takes.
+
+    Attributes:
+        float32: the best of torch and ONNX Runtime, whose name is ``float_by``.
+        int8: ONNX Runtime's kernel on 8-bit codes; ``None`` where it has none.
+        bits: the kernel on bits as it runs inside a net, in the form that was asked for; ``None`` where there is none.
+        packed: the same layer alone: packing of float32 values, kernel, float32 result.
+    """
+
+    float32: Time
+    float_by: str
+    int8: Time | None = None
+    bits: Time | None = None
+    packed: Time | None = None
+
+    def all(self) -> list[Time]:
+        """Those that were measured."""
+        return [t for t in (self.float32, self.int8, self.bits, self.packed) if t is not None]
+
+
+_CACHE: dict[tuple[LayerShape, Form, int, bool, str], Times] = {}
+FLOATS = ("torch", "torch channels_last", "ONNX Runtime")
+
+
+def measured(shape: LayerShape, form: Form, threads: int = 1, has_bits: bool = True) -> Times:
+    """The times of a layer on this machine; measured once in a process.
+
+    Args:
+        shape: of the layer, with its batch. form: how it computes on bits. threads: of each run.
+        has_bits: it has a form on bits.
+    """
+    key = shape, form, threads, has_bits, engines.engine().name
+    if key not in _CACHE:
+        _CACHE[key] = _measure(shape, form, threads, has_bits)
+    return _CACHE[key]
+
+
+def _measure(shape: LayerShape, form: Form, threads: int, has_bits: bool) -> Times:
+    runs: dict[str, Run] = {"torch": torch_run(shape), "ONNX Runtime": onnx_float_run(shape, threads)}
+    if len(shape.size) == 2:
+        runs["torch channels_last"] = torch_run(shape, channels_last=True)
+    int8 = onnx_int8_run(shape, threads)
+    if int8 is not None:
+        runs["int8"] = int8
+    if has_bits:
+        runs |= bit_runs(shape, form, threads)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = timed(runs, threads)
+    finally:
+        torch.set_num_threads(before)
+    best = min((k for k in FLOATS if k in found), key=lambda k: found[k].us)
+    return Times(found[best], best, found.get("int8"), found.get("bits"), found.get("packed"))
