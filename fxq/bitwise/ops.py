@@ -1,0 +1,292 @@
+"""The kernels as operators of torch, ``torch.ops.fxq.*``: a lowered graph can be printed, compiled, exported and profiled.
+
+Packed values are int64 tensors ``[P, B, *spatial, words]`` (of a linear layer ``[P, *lead, words]``), the carriers of the uint64 words of
+:mod:`fxq.bitwise.layout`. Codes have torch's shape; where they have four dimensions they lie in memory channels last. No operator is differentiable.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxq.bitwise import layout
+from fxq.bitwise.engine import engine
+from fxq.bitwise.layout import AddConstants, Epilogue, Layer, words_of
+
+Array = np.ndarray[Any, Any]
+LINEAR, CONV1D, CONV2D, FLATTEN = range(4)
+"""Modes of :func:`bit_conv`: a linear layer, the convolutions, a linear layer behind a flatten of ``[B, C, H, W]`` as a convolution."""
+
+_made: dict[int, tuple[Any, Any, Layer, Epilogue]] = {}
+"""By the identity of a layer's words: weak references to its words and first table, and what the engine reads (with its caches)."""
+
+
+def geometry(layer: Layer, mode: int) -> list[int]:
+    """What :func:`bit_conv` takes as ``geometry``."""
+    ints = [mode, layer.channels, layer.outputs, layer.groups, *layer.kernel, *layer.stride, *layer.padding, *layer.dilation, int(layer.masked)]
+    return [int(v) for v in ints]
+
+
+def numbers(e: Epilogue) -> list[float]:
+    """What :func:`bit_conv` takes as ``numbers``."""
+    return [e.least, e.most, e.zero, float(e.signed)]
+
+
+def tables(e: Epilogue) -> list[Tensor]:
+    """What :func:`bit_conv` takes as ``tables``: thresholds ``hi``, ``lo``, or ``mult``, ``bias``, ``scale``."""
+    return [torch.from_numpy(v) for v in (e.hi, e.lo, e.mult, e.bias, e.scale) if v is not None]
+
+
+def _prepared(words: Tensor, blocks: Tensor, geometry: Sequence[int], kind: str, tables: Sequence[Tensor], numbers: Sequence[float]) -> tuple[Layer, Epilogue]:
+    """The engine's layer and epilogue over the very memory of the tensors; kept as long as ``words`` lives."""
+    key = id(words)
+    found = _made.get(key)
+    if found is not None and found[0]() is words and found[1]() is tables[0]:
+        return found[2], found[3]
+    _, channels, outputs, groups, kh, kw, sy, sx, top, bottom, left, right, dy, dx, masked = geometry
+    layer = Layer(
+        words.numpy().view(np.uint64), blocks.numpy(), channels, outputs, groups, (kh, kw), (sy, sx), (top, bottom, left, right), (dy, dx), bool(masked)
+    )
+    names = ("hi", "lo") if kind in ("sign", "ternary") else ("mult", "bias", "scale")
+    arrays: Any = {name: t.numpy() for name, t in zip(names, tables, strict=False)}
+    epilogue = Epilogue(kind, **arrays, least=numbers[0], most=numbers[1], zero=numbers[2], signed=bool(numbers[3]))
+    _made[key] = (weakref.ref(words, lambda _: _made.pop(key, None)), weakref.ref(tables[0]), layer, epilogue)
+    return layer, epilogue
+
+
+def _bits(x: Tensor) -> Array:
+    return x.contiguous().numpy().view(np.uint64)
+
+
+def _tensor(packed: Array) -> Tensor:
+    return torch.from_numpy(packed.view(np.int64))
+
+
+def _out_size(geometry: Sequence[int], h: int, w: int) -> tuple[int, int]:
+    _, _, _, _, kh, kw, sy, sx, top, bottom, left, right, dy, dx, _ = geometry
+    return (h + top + bottom - dy * (kh - 1) - 1) // sy + 1, (w + left + right - dx * (kw - 1) - 1) // sx + 1
+
+
+def _channels_last(y: Tensor, mode: int, lead: Sequence[int]) -> Tensor:
+    """The engine's ``[B, OH, OW, N]`` in torch's shape."""
+    if mode == CONV2D:
+        return y.permute(0, 3, 1, 2)
+    return y.squeeze(1).permute(0, 2, 1) if mode == CONV1D else y.reshape(*lead, y.shape[-1])
+
+
+def _packed(y: Tensor, mode: int, lead: Sequence[int]) -> Tensor:
+    """The engine's ``[P, B, OH, OW, words]`` in the shape of packed values."""
+    if mode == CONV2D:
+        return y
+    return y.squeeze(2) if mode == CONV1D else y.reshape(y.shape[0], *lead, y.shape[-1])
+
+
+def _as_5d(x: Tensor, mode: int) -> tuple[Tensor, list[int]]:
+    """A packed input as the engine takes it, and the leading sizes of a linear layer's output."""
+    if mode == LINEAR:
+        lead = list(x.shape[1:-1])
+        return x.reshape(x.shape[0], 1, 1, math.prod(lead), x.shape[-1]), lead
+    return (x.unsqueeze(2) if mode == CONV1D else x), [x.shape[1]]
+
+
+@torch.library.custom_op("fxq::bit_conv", mutates_args=())
+def bit_conv(x: Tensor, words: Tensor, blocks: Tensor, geometry: Sequence[int], kind: str, tables: Sequence[Tensor], numbers: Sequence[float]) -> Tensor:
+    """Convolution or linear layer on packed values.
+
+    Args:
+        x: packed.
+        words, blocks: of :class:`fxq.bitwise.layout.Layer`, int64.
+        geometry, kind, tables, numbers: the layer's numbers and its epilogue: :func:`geometry`, :func:`tables`, :func:`numbers`.
+
+    Returns:
+        Packed values (``kind`` ``sign``, ``ternary``), codes, float32 or int32.
+
+    Raises:
+        FxqError: for an input that does not fit.
+    """
+    layer, epilogue = _prepared(words, blocks, geometry, kind, tables, numbers)
+    five, lead = _as_5d(x, geometry[0])
+    y = engine().conv(_bits(five), layer, epilogue, torch.get_num_threads())
+    return _packed(_tensor(y), geometry[0], lead) if epilogue.planes else _channels_last(torch.from_numpy(y), geometry[0], lead)
+
+
+@bit_conv.register_fake
+def _(x: Tensor, words: Tensor, blocks: Tensor, geometry: Sequence[int], kind: str, tables: Sequence[Tensor], numbers: Sequence[float]) -> Tensor:
+    five, lead = _as_5d(x, geometry[0])
+    oh, ow = _out_size(geometry, five.shape[2], five.shape[3])
+    batch, n = five.shape[1], geometry[2]
+    if kind in ("sign", "ternary"):
+        return _packed(x.new_empty(1 + (kind == "ternary"), batch, oh, ow, words_of(n)), geometry[0], lead)
+    dtype = {"int32": torch.int32, "float": torch.float32, "codes": torch.int8 if numbers[3] else torch.uint8}[kind]
+    return _channels_last(x.new_empty(batch, oh, ow, n, dtype=dtype), geometry[0], lead)
+
+
+# ---------------------------------------------------------------- bits of values, and back
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.movedim(1, -1).is_contiguous()
+
+
+@torch.library.custom_op("fxq::pack", mutates_args=())
+def pack(x: Tensor, lo: float, hi: float, planes: int, axis: int) -> Tensor:
+    """Bits of float32 values or 8-bit codes: plane 0 is ``x >= hi``, plane 1 (of two) ``x >= hi`` or ``x <= lo``; channels along ``axis`` (1 or the last)."""
+    x = x.detach()
+    if axis == x.ndim - 1:
+        three, last, lead = x.contiguous().reshape(1, -1, x.shape[-1]), True, list(x.shape[:-1])
+    else:
+        last, lead = _is_channels_last(x), [x.shape[0], *x.shape[2:]]
+        three = x.movedim(1, -1).reshape(x.shape[0], -1, x.shape[1]) if last else x.contiguous().reshape(x.shape[0], x.shape[1], -1)
+    y = engine().pack(three.numpy(), lo, hi, planes, last, torch.get_num_threads())
+    return _tensor(y).reshape(planes, *lead, y.shape[-1])
+
+
+@pack.register_fake
+def _(x: Tensor, lo: float, hi: float, planes: int, axis: int) -> Tensor:
+    lead = [s for d, s in enumerate(x.shape) if d != axis]
+    return x.new_empty(planes, *lead, words_of(x.shape[axis]), dtype=torch.int64)
+
+
+@torch.library.custom_op("fxq::unpack", mutates_args=())
+def unpack(x: Tensor, channels: int, axis: int) -> Tensor:
+    """int8 codes -1 and 1, or -1, 0 and 1, of packed values; channels come to ``axis`` (1 or the last)."""
+    lead = list(x.shape[1:-1])
+    y = engine().unpack(_bits(x.reshape(x.shape[0], 1, 1, -1, x.shape[-1])), channels, torch.get_num_threads())
+    return torch.from_numpy(y).reshape(*lead, channels).movedim(-1, axis)
+
+
+@unpack.register_fake
+def _(x: Tensor, channels: int, axis: int) -> Tensor:
+    return x.new_empty(*x.shape[1:-1], channels, dtype=torch.int8).movedim(-1, axis)
+
+
+# ---------------------------------------------------------------- pooling
+
+
+@torch.library.custom_op("fxq::bit_max_pool", mutates_args=())
+def bit_max_pool(
+    x: Tensor, channels: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], ceil_mode: bool
+) -> Tensor:
+    """Maximum over windows of packed values, as ``torch.nn.MaxPool1d`` and ``MaxPool2d``; the numbers are of rows and columns."""
+    flat = x.ndim == 4
+    k, s, p, d = ((v[0], v[1]) for v in (kernel, stride, padding, dilation))
+    y = engine().max_pool(_bits(x.unsqueeze(2) if flat else x), channels, k, s, p, d, ceil_mode, torch.get_num_threads())
+    return _tensor(y).squeeze(2) if flat else _tensor(y)
+
+
+@bit_max_pool.register_fake
+def _(x: Tensor, channels: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], ceil_mode: bool) -> Tensor:
+    sizes = [1, x.shape[2]] if x.ndim == 4 else list(x.shape[2:4])
+    out = [layout.pool_size(sizes[i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1)]
+    return x.new_empty(x.shape[0], x.shape[1], *(out[1:] if x.ndim == 4 else out), x.shape[-1])
+
+
+@torch.library.custom_op("fxq::code_max_pool", mutates_args=())
+def code_max_pool(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], ceil_mode: bool) -> Tensor:
+    """Maximum over windows of 8-bit codes ``[B, C, H, W]``; padding takes no part."""
+    a = x.movedim(1, -1).contiguous().numpy()
+    for axis, (k, s, p, d) in enumerate(zip(kernel, stride, padding, dilation, strict=True), 1):
+        a = _max_along(a, axis, k, s, p, d, layout.pool_size(a.shape[axis], k, s, p, d, ceil_mode))
+    return torch.from_numpy(a).movedim(-1, 1)
+
+
+@code_max_pool.register_fake
+def _(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], ceil_mode: bool) -> Tensor:
+    out = [layout.pool_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1)]
+    return x.new_empty(x.shape[0], *out, x.shape[1]).movedim(-1, 1)
+
+
+def _max_along(a: Array, axis: int, kernel: int, stride: int, padding: int, dilation: int, count: int) -> Array:
+    """Maximum over windows along one dimension."""
+    size = a.shape[axis]
+    out = np.full((*a.shape[:axis], count, *a.shape[axis + 1 :]), np.iinfo(a.dtype).min, a.dtype)
+    for k in range(kernel):
+        shift = k * dilation - padding
+        first, last = max(0, -(shift // stride)), min(count - 1, (size - 1 - shift) // stride)
+        if last < first:
+            continue
+        here = (slice(None),) * axis
+        part = a[(*here, slice(first * stride + shift, last * stride + shift + 1, stride))]
+        target = out[(*here, slice(first, last + 1))]
+        np.maximum(target, part, out=target)
+    return out
+
+
+# ---------------------------------------------------------------- channels of packed values
+
+
+@torch.library.custom_op("fxq::bit_cat", mutates_args=())
+def bit_cat(xs: Sequence[Tensor], channels: Sequence[int]) -> Tensor:
+    """Packed values of ``channels`` each, one behind the other along the channels."""
+    lead = xs[0].shape[:-1]
+    out = np.zeros((*lead, words_of(sum(channels))), np.uint64)
+    start = 0
+    for x, count in zip(xs, channels, strict=True):
+        word, shift = divmod(start, layout.WORD)
+        bits = _bits(x)
+        out[..., word : word + bits.shape[-1]] |= bits << np.uint64(shift)
+        if shift:
+            above = bits[..., : words_of(start + count) - word - 1]
+            out[..., word + 1 : word + 1 + above.shape[-1]] |= above >> np.uint64(layout.WORD - shift)
+        start += count
+    return _tensor(out)
+
+
+@bit_cat.register_fake
+def _(xs: Sequence[Tensor], channels: Sequence[int]) -> Tensor:
+    return xs[0].new_empty(*xs[0].shape[:-1], words_of(sum(channels)))
+
+
+@torch.library.custom_op("fxq::bit_select", mutates_args=())
+def bit_select(x: Tensor, channels: int, indices: Tensor) -> Tensor:
+    """Channels ``indices`` of packed values of ``channels``."""
+    a = _bits(x)
+    bits = layout.unpack_bits(a, channels)
+    return _tensor(layout.pack_bits(np.take(bits, indices.numpy(), axis=-1)))
+
+
+@bit_select.register_fake
+def _(x: Tensor, channels: int, indices: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], words_of(indices.shape[0]))
+
+
+# ---------------------------------------------------------------- 8-bit codes
+
+
+@torch.library.custom_op("fxq::code_add", mutates_args=())
+def code_add(a: Tensor, b: Tensor, ra: float, rb: float, fixed: float, most: int) -> Tensor:
+    """The integer add of :func:`fxq.kernels.add` on uint8 codes of one shape, whose least code is 0."""
+    if a.ndim == 4:
+        a, b = (v.permute(0, 2, 3, 1).contiguous() for v in (a, b))
+    y = engine().add(a.contiguous().numpy(), b.contiguous().numpy(), AddConstants(ra, rb, fixed, 0, most), torch.get_num_threads())
+    out = torch.from_numpy(y)
+    return out.permute(0, 3, 1, 2) if a.ndim == 4 else out
+
+
+@code_add.register_fake
+def _(a: Tensor, b: Tensor, ra: float, rb: float, fixed: float, most: int) -> Tensor:
+    if a.ndim == 4:
+        return a.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2).clone()
+    return a.contiguous().clone()
+
+
+@torch.library.custom_op("fxq::code_table", mutates_args=())
+def code_table(x: Tensor, values: Tensor) -> Tensor:
+    """``values[x]``: uint8 codes through a table of 256 entries, uint8; the result lies in memory as ``x``."""
+    if x.ndim == 4:
+        x = x.permute(0, 2, 3, 1)
+    y = torch.from_numpy(engine().table(x.contiguous().numpy(), values.numpy(), torch.get_num_threads()))
+    return y.permute(0, 3, 1, 2) if x.ndim == 4 else y
+
+
+@code_table.register_fake
+def _(x: Tensor, values: Tensor) -> Tensor:
+    if x.ndim == 4:
+        return torch.empty_like(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
+    return torch.empty_like(x.contiguous())
