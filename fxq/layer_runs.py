@@ -131,9 +131,9 @@ def _session_run(model: onnx.ModelProto, x: Array, threads: int) -> Run:
     return lambda: session.run_with_iobinding(bound)
 
 
-def bit_runs(shape: LayerShape, form: Form, threads: int) -> dict[str, Run]:
+def bit_runs(shape: LayerShape, form: Form, threads: int, engine: engines.Engine | None = None) -> dict[str, Run]:
     """The layer on bits: ``bits`` in the given form, as it runs inside a net; ``packed`` alone, with packing of float32 NCHW values and a float32 result."""
-    engine, layer = engines.engine(), bit_weights(shape, form.weights == "ternary")
+    engine, layer = engine or engines.engine(), bit_weights(shape, form.weights == "ternary")
     planes, size = 2 if form.activations == "ternary" else 1, _area(shape)
     values = numbers(size[0], shape.inputs, size[1] * size[2])
     alone = layout.float_epilogue(layer, 1, 0, np.float32(0.02))
