@@ -70,11 +70,12 @@ def load(path: str | os.PathLike[str], *, max_bytes: int | None = None, run: boo
         if head is not None and head["kind"] not in KINDS:
             raise ArchiveError(f"it holds a model of the unknown kind {str(head['kind'])[:40]!r}", way_out="Update fxq")
         gm = graph_of(archive, max_bytes)
+        scheme: Scheme = rules.fitting(Scheme, {k: graph_json.Reader({}).value(v) for k, v in head["scheme"].items()})
+        target = targets.get(head["target"])
         if runs and run:
             return _bitwise(gm)
-        scheme: Scheme = rules.fitting(Scheme, {k: graph_json.Reader({}).value(v) for k, v in head["scheme"].items()})
         captured = Captured(gm, "archive", (), nn.Module())
-        return KINDS[head["kind"]](gm, captured, History([take(gm, "load")]), scheme, targets.get(head["target"]))
+        return KINDS[head["kind"]](gm, captured, History([take(gm, "load")]), scheme, target)
 
 
 def _bitwise(gm: GraphModule) -> BitProgram:

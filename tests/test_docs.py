@@ -45,7 +45,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-RUNNABLE = "quickstart schemes tensorrt training pruning doctor interop portability lint debugging compression archive shared_weights"
+RUNNABLE = "quickstart schemes tensorrt training pruning doctor interop portability lint debugging compression archive shared_weights bitwise"
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{p}.md" for p in RUNNABLE.split())])
@@ -114,6 +114,12 @@ def test_commands_of_the_archive_page_run(here: Path, capsys: pytest.CaptureFixt
     assert [line[1:3] for line in lines] == [["fxq", "inspect"]] * 2
     for line in lines:
         assert command.main(line[2:]) == 0 and "features.0.weight" in capsys.readouterr().out, line
+
+
+def test_commands_of_the_bitwise_page_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = [shlex.split(line) for block in blocks("docs/bitwise.md", "console") for line in block.splitlines() if line]
+    assert first[1] == "fxq-lower" and cli.main(first[2:]) == 0 and "proven: " in capsys.readouterr().out
+    assert second[1:3] == ["fxq", "inspect"] and command.main(second[2:]) == 0 and "runs bitwise" in capsys.readouterr().out
 
 
 def test_worked_examples_of_the_archive_page_decode() -> None:
