@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from fxq import kernels, numerics
 from fxq.backends.reference import Reference, Step
-from fxq.bitwise import layers, modules, thresholds
+from fxq.bitwise import code_modules, layers, modules, thresholds
 from fxq.graph import kind, module_of, shape
 from fxq.modules import WEIGHTED, IndexSelect
 from fxq.spec import QParams
@@ -133,14 +133,19 @@ class Chooser:
         return self._exactly(step)
 
     def _exactly(self, step: Step) -> Choice:
-        """On codes, as the reference runs it."""
+        """On codes: weighted layers by float32 sums of integers, everything else as the reference runs it."""
+        if step.kind in ("conv", "linear") and isinstance(step.operands[0], Node):
+            parts = code_modules.parts_of(step.module, self.grid(step.operands[0]))
+            if parts is not None:
+                source, made = step.operands[0], _maker(code_modules.IntegerLayer, step.module, self.grid(step.operands[0]), self.out(step), parts)
+                return Choice(FLOAT if step.gives_float else CODES, [(source, CODES)], [made])
         return Choice(FLOAT if step.gives_float else CODES, [(n, CODES) for n in step.operands if isinstance(n, Node)], [lambda: self._codes_op(step)])
 
-    def _codes_op(self, step: Step) -> modules.CodesOp:
+    def _codes_op(self, step: Step) -> code_modules.CodesOp:
         inputs = [self.grid(a) if isinstance(a, Node) else a for a in step.operands]
         rank = len(step.core.meta["shape"]) if step.kind in kernels.BINARY else 0
         module = nn.Identity() if step.kind == "requantize" else copy.deepcopy(step.module).eval()
-        return modules.CodesOp(step.kind, module, inputs, self.out(step), rank, step.index)
+        return code_modules.CodesOp(step.kind, module, inputs, self.out(step), rank, step.index)
 
     def _bit_layer(self, step: Step, layer: layers.BitLayer) -> Choice:
         source = step.operands[0]
@@ -191,8 +196,8 @@ class Chooser:
             pools += [module_of(self.gm, source)] if kind(self.gm, source) == "max_pool" else []
             source = source.all_input_nodes[0]
         if axis is None or (pools and axis != 1):
-            first: Callable[[], nn.Module] = lambda: modules.Quantize(out, relu)  # noqa: E731
-            return Choice(CODES, [(source, FLOAT)], [first, *(_maker(modules.CodeMaxPool, p, 2) for p in reversed(pools))])
+            first: Callable[[], nn.Module] = lambda: code_modules.Quantize(out, relu)  # noqa: E731
+            return Choice(CODES, [(source, FLOAT)], [first, *(_maker(code_modules.CodeMaxPool, p, 2) for p in reversed(pools))])
         cut = thresholds.of_floats(lambda v: numerics.quantize(v.relu() if relu else v, out))
         pack = _maker(modules.Pack, cut, layers.PLANES[out.spec.kind], axis)
         channels = shape(source)[1]
@@ -224,7 +229,7 @@ class Chooser:
             channels = self.channels(step.result, 1)
             return Choice(Form("bits", 1), [(source, Form("bits", 1))], [_maker(modules.BitMaxPool, step.module, rank, channels)])
         codes = rank == 2 and layers.is_code(self.grid(source).spec)
-        return Choice(CODES, [(source, CODES)], [_maker(modules.CodeMaxPool, step.module, 2)]) if codes else None
+        return Choice(CODES, [(source, CODES)], [_maker(code_modules.CodeMaxPool, step.module, 2)]) if codes else None
 
     def _reshape(self, step: Step, axis: int | None) -> Choice | None:
         source = step.operands[0]
@@ -248,7 +253,7 @@ class Chooser:
         return Choice(form, [(source, form)], [_maker(modules.BitSelect, shape(source)[axis], module.indices)])
 
     def _way_to_layer(self, n: Node, axis: int) -> list[Node] | None:
-        """The steps from ``n`` back to a layer on bits, when nobody else reads any of them: max pools over packed values do not mix channels."""
+        """The steps from ``n`` back to a layer on bits of one group, when nobody else reads any of them: max pools do not mix channels."""
         way: list[Node] = []
         while True:
             step = self.ref.by_result.get(n)
@@ -256,8 +261,8 @@ class Chooser:
                 return None
             way.append(n)
             if step.kind in ("conv", "linear"):
-                out = self.out(step)
-                fits = out is not None and layers.is_bits(out) and isinstance(self.layer(step), layers.BitLayer)
+                out, layer = self.out(step), self.layer(step)
+                fits = out is not None and layers.is_bits(out) and isinstance(layer, layers.BitLayer) and layer.groups == 1
                 return way if fits and axis == (len(shape(n)) - 1 if step.kind == "linear" else 1) else None
             if step.kind != "max_pool" or axis != 1 or not self._same(step) or type(step.module) not in RANKS:
                 return None
@@ -284,7 +289,15 @@ class Chooser:
         fits = all(q.spec.kind == "affine" and q.spec.dtype == torch.uint8 and q.scale.ndim == 0 for q in grids)
         if not fits or shape(a) != shape(b) or a.meta["dynamic"] != b.meta["dynamic"]:
             return None
-        return Choice(CODES, [(a, CODES), (b, CODES)], [lambda: modules.CodeAdd(self._codes_op(step), *grids)])
+        return Choice(CODES, [(a, CODES), (b, CODES)], [lambda: code_modules.CodeAdd(self._codes_op(step), *grids)])
+
+    def _global_avg_pool(self, step: Step, axis: int | None) -> Choice | None:
+        source, out = step.operands[0], self.out(step)
+        assert isinstance(source, Node) and out is not None
+        qp = self.grid(source)
+        if not layers.is_code(qp.spec) or qp.scale.ndim or out.scale.ndim or out.spec.kind == "binary":
+            return None
+        return Choice(CODES, [(source, CODES)], [lambda: code_modules.GlobalPool(self._codes_op(step), qp, out)])
 
     def _pointwise(self, step: Step, axis: int | None) -> Choice | None:
         """A function of one code as a table, or as thresholds."""
@@ -302,7 +315,7 @@ class Chooser:
         if cut is not None and axis is not None:
             pack = _maker(modules.Pack, cut, layers.PLANES[out.spec.kind], axis)
             return Choice(Form("bits", axis), [(sources[0], CODES)], [pack])
-        return Choice(CODES, [(sources[0], CODES)], [_maker(modules.CodeTable, codes, qp.spec.qmin)])
+        return Choice(CODES, [(sources[0], CODES)], [_maker(code_modules.CodeTable, codes, qp.spec.qmin)])
 
     def _table(self, step: Step, qp: QParams) -> Tensor:
         """The step's results for all codes of the grid ``qp``."""

@@ -12,7 +12,7 @@ from torch.fx.node import map_arg
 
 from fxq import graph as g
 from fxq.backends.reference import Reference
-from fxq.bitwise import layers, modules
+from fxq.bitwise import code_modules, layers, modules
 from fxq.bitwise.choices import CODES, FLOAT, Chooser, Form
 from fxq.bitwise.thresholds import Cut
 
@@ -142,7 +142,7 @@ class _Writer:
     def _value_from_codes(self, n: Node, form: Form) -> Node:
         qp = self.chooser.grid(n)
         if form.kind == "float":
-            module: nn.Module = modules.Real(qp)
+            module: nn.Module = code_modules.Real(qp)
         else:
             module = modules.Pack(Cut(-1, 1), layers.PLANES[qp.spec.kind], form.axis)
         node = self._call(f"{n.target}_{'real' if form.kind == 'float' else 'bits'}", module, [self.made[n, CODES]])

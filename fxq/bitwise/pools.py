@@ -1,0 +1,26 @@
+"""What max pools of packed values and of codes have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+
+class Pool(nn.Module):
+    """Window numbers of a max pool, of rows and columns."""
+
+    def __init__(self, pool: Any, rank: int) -> None:
+        super().__init__()
+        self.window = [rows_and_columns(v, rank, fill) for v, fill in ((pool.kernel_size, 1), (pool.stride, 1), (pool.padding, 0), (pool.dilation, 1))]
+        self.ceil_mode = bool(pool.ceil_mode)
+
+    def extra_repr(self) -> str:
+        k, s, p, d = self.window
+        return f"kernel={k}, stride={s}, padding={p}, dilation={d}, ceil_mode={self.ceil_mode}"
+
+
+def rows_and_columns(v: Any, rank: int, fill: int) -> list[int]:
+    given = [int(i) for i in v] if isinstance(v, Sequence) else [int(v)] * rank
+    return [fill] * (2 - rank) + given
