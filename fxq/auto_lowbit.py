@@ -51,36 +51,27 @@ def asker(scheme: Scheme, times: LayerTimes | None = None, threads: int = 1) -> 
 
 
 def chosen(times: tuple[LayerTime, ...], options: Mapping[str, str]) -> Answer:
-    """The choice for each layer, by the sum over its calls: the scheme's own way (``bits`` or ``float32``) where that is faster, ``int8`` elsewhere.
+    """The choice for each layer: the scheme's own way (``bits`` or ``float32``) where that is faster, ``int8`` elsewhere.
 
     Args:
-        times: of the layers, one for each call. options: module path -> the scheme's own way.
+        times: of the layers. options: module path -> the scheme's own way.
 
     Returns:
         Module path -> the way, and the times in words.
     """
-    calls: dict[str, list[LayerTime]] = {}
-    for t in times:
-        calls.setdefault(t.path, []).append(t)
-    return {path: _choice(calls[path], own) for path, own in options.items()}
+    return {t.path: _choice(t, options[t.path]) for t in times}
 
 
-def _choice(calls: list[LayerTime], own: str) -> tuple[str, str]:
-    us = {way: _sum(calls, way) for way in (own, INT8)}
-    said = ", ".join(f"{way} {t:.0f} us" for way, t in us.items() if t is not None)
-    mine, int8 = us[own], us[INT8]
+def _choice(layer: LayerTime, own: str) -> tuple[str, str]:
+    times = layer.times
+    mine, int8 = times.bits if own == BITS else times.float32, times.int8
     if int8 is None:
-        return own, f"{_name(own)}: there is no int8 kernel ({calls[0].shape})"
+        return own, f"{_name(own)}: there is no int8 kernel ({layer.shape})"
     if mine is None:
-        return INT8, f"int8: {calls[0].why}; {said}"
-    way = own if mine < int8 else INT8
-    return way, f"{_name(way)}: {said}"
+        return INT8, f"int8: {layer.why}; int8 {int8.us:.0f} us"
+    way = own if mine.us < int8.us else INT8
+    return way, f"{_name(way)}: {own} {mine.us:.0f} us, int8 {int8.us:.0f} us"
 
 
 def _name(way: str) -> str:
     return {BITS: "binary", FLOAT32: "float", INT8: INT8}[way]
-
-
-def _sum(calls: list[LayerTime], way: str) -> float | None:
-    found = [{BITS: c.times.bits, INT8: c.times.int8, FLOAT32: c.times.float32}[way] for c in calls]
-    return sum(t.us for t in found if t is not None) if all(t is not None for t in found) else None

@@ -65,6 +65,11 @@ def _float_input(shape: LayerShape) -> Array:
 
 def onnx_float_run(shape: LayerShape, threads: int) -> Run:
     """The layer in ONNX Runtime, float32 NCHW in and out, with a bias."""
+    return _session_run(*onnx_float_layer(shape), threads)
+
+
+def onnx_float_layer(shape: LayerShape) -> tuple[onnx.ModelProto, Array]:
+    """The model of :func:`onnx_float_run`, and its input."""
     from onnx import TensorProto, helper, numpy_helper
 
     w, bias = numbers(*shape.weight), np.zeros(shape.outputs, np.float32)
@@ -75,7 +80,7 @@ def onnx_float_run(shape: LayerShape, threads: int) -> Run:
         more: dict[str, Any] = {"output_padding": shape.output_padding} if shape.output_padding else {}
         node = helper.make_node("ConvTranspose" if shape.kind == "conv_transpose" else "Conv", ["x", "w", "b"], ["y"], **_window(shape), **more)
     x = _float_input(shape)
-    return _session_run(_model(node, stored, x, TensorProto.FLOAT), x, threads)
+    return _model(node, stored, x, TensorProto.FLOAT), x
 
 
 def onnx_int8_run(shape: LayerShape, threads: int) -> Run | None:
@@ -84,10 +89,13 @@ def onnx_int8_run(shape: LayerShape, threads: int) -> Run | None:
     Returns:
         ``None`` for a transposed convolution, for which there is no such kernel.
     """
+    return None if shape.kind == "conv_transpose" else _session_run(*onnx_int8_layer(shape), threads)
+
+
+def onnx_int8_layer(shape: LayerShape) -> tuple[onnx.ModelProto, Array]:
+    """The model of :func:`onnx_int8_run`, and its input."""
     from onnx import TensorProto, helper, numpy_helper
 
-    if shape.kind == "conv_transpose":
-        return None
     rng = np.random.default_rng(SEED)
     parts: dict[str, Any] = {
         "xs": np.float32(0.02), "xz": np.uint8(128), "w": rng.integers(-127, 128, shape.weight, np.int8),
@@ -104,7 +112,7 @@ def onnx_int8_run(shape: LayerShape, threads: int) -> Run | None:
         node = helper.make_node("QLinearConv", names, ["y"], domain="com.microsoft", channels_last=1, **_window(shape))
         x = rng.integers(0, 256, (shape.batch, *shape.size, shape.inputs), np.uint8)
     stored = [numpy_helper.from_array(np.asarray(v), k) for k, v in parts.items()]
-    return _session_run(_model(node, stored, x, TensorProto.UINT8), x, threads)
+    return _model(node, stored, x, TensorProto.UINT8), x
 
 
 def _window(shape: LayerShape) -> dict[str, Any]:
@@ -160,10 +168,15 @@ BOUNDS = {1: (0.0, 0.0), 2: (-0.4, 0.4)}
 CODE_BOUNDS = {1: (127, 128), 2: (112, 144)}
 
 
-def bit_weights(shape: LayerShape, ternary: bool = False) -> layout.Layer:
-    """Packed random weights of a convolution over one or two dimensions or of a linear layer."""
+def bit_codes(shape: LayerShape, ternary: bool = False) -> Array:
+    """Random weights of -1 and 1, or of -1, 0 and 1; int8."""
     rng = np.random.default_rng(SEED)
-    codes = rng.integers(-1, 2, shape.weight).astype(np.int8) if ternary else rng.choice(np.array([-1, 1], np.int8), shape.weight)
+    return rng.integers(-1, 2, shape.weight).astype(np.int8) if ternary else rng.choice(np.array([-1, 1], np.int8), shape.weight)
+
+
+def bit_weights(shape: LayerShape, ternary: bool = False) -> layout.Layer:
+    """Packed weights of a convolution over one or two dimensions or of a linear layer."""
+    codes = bit_codes(shape, ternary)
     if not shape.kernel:
         return layout.pack_layer(codes)
     if len(shape.kernel) == 2:
@@ -185,8 +198,9 @@ BUDGET = 0.3
 LEAST, MOST = 5, 61
 
 
-def timed(runs: dict[str, Run], threads: int = 1, budget: float = BUDGET) -> dict[str, Time]:
+def timed(runs: dict[str, Run], threads: int = 1, budget: float | None = None) -> dict[str, Time]:
     """Median of each run, taken in turns so that the machine's noise hits all alike: processor time of one thread, wall time of several."""
+    budget = BUDGET if budget is None else budget
     clock = time.thread_time if threads == 1 else time.perf_counter
     for run in runs.values():
         for _ in range(WARMUP):

@@ -12,8 +12,9 @@ from torch.fx import GraphModule, Node
 from fxq.convolutions import CHANNEL_AFFINE, PADDED
 from fxq.graph import data_inputs, float_module, kind, module_of, shape
 from fxq.modules import WEIGHTED, FakeQuantize, Quantized
-from fxq.placement import MOVES
 
+MOVES = ("max_pool", "reshape", "permute", "slice", "index_select")
+"""Kinds that hand bits on."""
 PASSING = ("batch_norm", "relu", "clamp", "leaky_relu", "prelu", *MOVES)
 """Kinds that stand between a layer and the sign that the next one reads: the sign is folded through them, or moves over them."""
 BITS, TRITS, CODES, FLOAT = "bits", "trits", "codes", "float"

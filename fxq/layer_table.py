@@ -137,7 +137,7 @@ Measure = Callable[[LayerShape, Form, int, bool], Times]
 
 
 def times_of(gm: GraphModule, *, samples: int = 0, threads: int = 1, like: Form | None = None, only: Sequence[Node] | None = None,
-             measure: Measure = measured) -> tuple[LayerTime, ...]:  # fmt: skip
+             measure: Measure | None = None) -> tuple[LayerTime, ...]:  # fmt: skip
     """Measure the weighted layers of a canonical graph, quantized or not.
 
     Args:
@@ -147,10 +147,10 @@ def times_of(gm: GraphModule, *, samples: int = 0, threads: int = 1, like: Form 
         only: these layers alone.
         measure: another way to come to times.
     """
-    found = []
+    found, ask = [], measure or measured
     for node in layers_of(gm) if only is None else only:
         why, shape, form = no_bits(gm, node), shape_of(gm, node, samples), form_of(gm, node, like)
-        found.append(LayerTime(str(node.target), shape, form, _runs(gm, node), measure(shape, form, threads, why is None), why or ""))
+        found.append(LayerTime(str(node.target), shape, form, _runs(gm, node), ask(shape, form, threads, why is None), why or ""))
     return tuple(found)
 
 

@@ -1,0 +1,236 @@
+"""Times of layers: what is measured is the layer that is meant, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxq
+from fxq import layer_runs
+from fxq.costs import layer_costs
+from fxq.errors import FxqError, PassError, SchemeError
+from fxq.layer_runs import Time, Times
+from fxq.layer_shapes import BITS, CODES, FLOAT, TRITS, Form, LayerShape, layers_of, no_bits, plain_module, shape_of
+from fxq.layer_table import LayerTimes
+from fxq.prunable import canonical_graph
+from tests.lowbit_nets import X, net
+
+SMALL = {
+    "3x3": LayerShape("conv", 1, 8, 16, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), (6, 5)),
+    "strided": LayerShape("conv", 2, 6, 8, (3, 2), (2, 1), (1, 0, 1, 0), (1, 2), (7, 9)),
+    "grouped": LayerShape("conv", 1, 8, 8, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), (6, 6), 4),
+    "uneven": LayerShape("conv", 1, 5, 7, (2, 2), (1, 1), (0, 0, 1, 1), (1, 1), (5, 5)),
+    "1d": LayerShape("conv", 2, 6, 8, (3,), (2,), (1, 1), (1,), (11,)),
+    "linear": LayerShape("linear", 3, 70, 11),
+}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_runs, "BUDGET", 0.005)
+    monkeypatch.setattr(layer_runs, "_CACHE", {})
+
+
+def signs(shape: LayerShape, ternary_weights: bool, planes: int) -> Tensor:
+    """The dot products of the layer on bits, from torch's float convolution."""
+    side = (shape.batch, shape.inputs, *shape.size) if shape.kernel else (shape.batch, shape.inputs)
+    x = torch.from_numpy(layer_runs.numbers(*side)) if shape.kernel else torch.from_numpy(layer_runs.numbers(1, shape.inputs, shape.batch)[0].T.copy())
+    x = torch.where(x >= 0, 1.0, -1.0) if planes == 1 else torch.where(x >= 0.4, 1.0, torch.where(x <= -0.4, -1.0, 0.0))
+    w = torch.from_numpy(layer_runs.bit_codes(shape, ternary_weights)).float()
+    if not shape.kernel:
+        return x @ w.T
+    n = len(shape.kernel)
+    pads = [p for i in reversed(range(n)) for p in (shape.pads[i], shape.pads[n + i])]
+    conv: Any = (F.conv1d, F.conv2d)[n - 1]
+    return conv(F.pad(x, pads), w, None, shape.stride, 0, shape.dilation, shape.groups)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("weights", ["binary", "ternary"])
+@pytest.mark.parametrize("activations", ["binary", "ternary"])
+@pytest.mark.parametrize("name", SMALL)
+def test_the_layer_on_bits_is_the_one_that_is_meant(name: str, activations: str, weights: str) -> None:
+    shape, planes = SMALL[name], 1 if activations == "binary" else 2
+    runs = layer_runs.bit_runs(shape, Form(activations, weights, FLOAT, FLOAT), 1)
+    want = signs(shape, weights == "ternary", planes)
+    want = want if want.ndim == 2 else want.movedim(1, -1)
+    for run in runs.values():
+        found = torch.from_numpy(run())
+        assert found.dtype == torch.float32 and torch.equal(found.reshape(want.shape), want * np.float32(0.02))
+
+
+@pytest.mark.parametrize("gives", [BITS, TRITS, CODES, FLOAT])
+@pytest.mark.parametrize("reads", [BITS, CODES, FLOAT])
+def test_every_form_runs(reads: str, gives: str) -> None:
+    shape = SMALL["3x3"]
+    run = layer_runs.bit_runs(shape, Form("binary", "binary", reads, gives), 1)["bits"]()
+    kinds = {BITS: (np.uint64, (1, 1, 6, 5, 1)), TRITS: (np.uint64, (2, 1, 6, 5, 1)), CODES: (np.uint8, (1, 6, 5, 16)), FLOAT: (np.float32, (1, 6, 5, 16))}
+    assert (run.dtype, run.shape) == kinds[gives]
+
+
+@pytest.mark.parametrize("name", [*SMALL, "transposed"])
+def test_float_runs_are_the_layer(name: str) -> None:
+    transposed = LayerShape("conv_transpose", 1, 4, 6, (3, 3), (2, 2), (1, 1, 1, 1), (1, 1), (5, 4), 2, (1, 1))
+    shape = transposed if name == "transposed" else SMALL[name]
+    model, x = layer_runs.onnx_float_layer(shape)
+    layer: Any = plain_module(shape)
+    op = layer[-1] if isinstance(layer, nn.Sequential) else layer
+    op.weight.data, op.bias.data = torch.from_numpy(layer_runs.numbers(*shape.weight)), torch.zeros(shape.outputs)
+    found = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+    assert found.shape[2:] == shape.out_size
+    assert torch.allclose(torch.from_numpy(found), layer(torch.from_numpy(x)), atol=1e-4)
+    assert layer_runs.torch_run(shape)().shape == found.shape == layer_runs.torch_run(shape, channels_last=True)().shape
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_int8_runs_are_the_layer(name: str) -> None:
+    shape = SMALL[name]
+    model, x = layer_runs.onnx_int8_layer(shape)
+    found = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+    w = torch.from_numpy(np.random.default_rng(layer_runs.SEED).integers(-127, 128, shape.weight, np.int8)).double()
+    real = torch.from_numpy(x).double() - 128
+    n = len(shape.kernel)
+    if n:
+        pads = [p for i in reversed(range(n)) for p in (shape.pads[i], shape.pads[n + i])]
+        conv: Any = (F.conv1d, F.conv2d)[n - 1]
+        sums = conv(F.pad(real.movedim(-1, 1), pads), w, None, shape.stride, 0, shape.dilation, shape.groups).movedim(1, -1)
+    else:
+        sums = real @ w.T
+    want = (sums * (0.02 * 0.01 / 0.05)).round().add(128).clamp(0, 255)
+    assert found.dtype == np.uint8 and (torch.from_numpy(found).double() - want).abs().max() <= 1  # ties of float32
+    assert (torch.from_numpy(found).double() != want).double().mean() < 0.05
+
+
+class Layers(nn.Module):
+    """Weighted layers of all kinds, each on its own input size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 6, 3, 2, padding=1)
+        self.b = nn.Conv2d(6, 6, (3, 2), padding="same", dilation=(2, 1), groups=3)
+        self.c = nn.ConvTranspose2d(6, 4, 3, 2, output_padding=1)
+        self.d = nn.Conv1d(4, 5, 3, padding=1)
+        self.e = nn.Conv2d(5, 5, 3, padding=1, padding_mode="circular")
+        self.f = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.d(self.c(self.b(self.a(x).relu())).flatten(2))
+        return self.f(self.e(x.unsqueeze(-1)).squeeze(-1).mT)  # type: ignore[no-any-return]
+
+
+def test_shapes_are_those_of_the_graph() -> None:
+    gm = canonical_graph(Layers().eval(), (torch.randn(2, 3, 8, 8),), "")
+    nodes = layers_of(gm)
+    shapes = {str(n.target): shape_of(gm, n) for n in nodes}
+    for n in nodes:
+        size = n.meta["shape"]
+        out = shapes[str(n.target)]
+        assert (out.out_size if out.kernel else ()) == (tuple(size[2:]) if out.kernel else ())
+    macs = {c.path: c.macs for c in layer_costs(gm)}
+    assert {k: s.macs for k, s in shapes.items()} == {k: 2 * macs[k] for k in shapes}
+    assert shape_of(gm, nodes[-1], 1).batch * 2 == shapes["f"].batch and shape_of(gm, nodes[0], 5).batch == 5
+    assert [str(n.target) for n in nodes if no_bits(gm, n)] == ["c", "e"]
+    assert "circular" in str(no_bits(gm, nodes[4]))
+    assert [LayerShape.from_json(json.loads(json.dumps(s.to_json()))) for s in shapes.values()] == list(shapes.values())
+
+
+def test_a_float_net() -> None:
+    found = fxq.layer_times(net(), X[:1])
+    by = {t.path: t for t in found.layers}
+    assert list(by) == ["a", "b", "c", "up", "d", "fc"]
+    assert {k: (t.form.reads, t.form.gives) for k, t in by.items()} == {
+        "a": (FLOAT, CODES), "b": (CODES, BITS), "c": (BITS, CODES), "up": (CODES, CODES), "d": (CODES, BITS), "fc": (BITS, FLOAT),
+    }  # fmt: skip
+    up = by["up"]
+    assert up.times.bits is up.times.packed is up.times.int8 is None and up.fastest == "float32" and "transposed" in up.why
+    assert all(t.runs == "float32" and t.times.float32.us > 0 for t in found.layers)
+    assert all(t.times.bits is not None and t.times.packed is not None and t.times.int8 is not None for k, t in by.items() if k != "up")
+    text = str(found)
+    assert "up: a transposed convolution has no kernel on bits" in text and "float32/bits" in text and "processor time of one thread" in text
+    assert LayerTimes.from_json(json.dumps(found.to_json())) == found
+    assert found.machine["engine"].startswith(("numba", "numpy")) and set(found.machine) == {"cpu", "torch", "onnxruntime", "engine"}
+
+
+def test_a_compiled_net_is_measured_as_it_is() -> None:
+    m = fxq.compile(net(), "tbn_w1at", calibration=X, progress=False)
+    by = {t.path: t for t in fxq.layer_times(m).layers}
+    assert {k: t.runs for k, t in by.items()} == {"a": "float32", "b": "bits", "c": "bits", "up": "float32", "d": "bits", "fc": "float32"}
+    assert (by["b"].form.activations, by["b"].form.weights) == ("ternary", "binary")
+    assert by["a"].shape.batch == 1
+    eight = fxq.layer_times(fxq.compile(net(), calibration=X, progress=False))
+    assert {t.runs for t in eight.layers if t.path != "up"} == {"int8"}
+
+
+def test_other_forms_and_threads() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))
+    found = fxq.layer_times(model, torch.randn(2, 64), threads=2, activations="ternary", weights="ternary")
+    assert [str(t.form) for t in found.layers] == ["ternary x ternary, float to trits", "ternary x ternary, trits to float"]
+    assert found.threads == 2 and "wall time of 2 threads" in str(found) and [t.shape.batch for t in found.layers] == [2, 2]
+
+
+def test_equal_shapes_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[LayerShape] = []
+
+    def fake(shape: LayerShape, *_: Any) -> Times:
+        seen.append(shape)
+        return Times(Time(3.0, 0.0), "torch", Time(2.0, 0.0), Time(1.0, 0.5), Time(1.5, 0.0))
+
+    monkeypatch.setattr(layer_runs, "_measure", fake)
+    same = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4)), nn.Linear(16, 8))
+    found = fxq.layer_times(same, torch.randn(1, 16))
+    assert len(found.layers) == 5 and len(seen) == 3  # the first reads float, the last gives it
+    fxq.layer_times(same, torch.randn(1, 16))
+    assert len(seen) == 3
+    assert {t.fastest for t in found.layers} == {"bits"} and found.layers[0].spread == 0.5
+    assert " 3.00 " in str(found) and " 1.50 " in str(found) and " 2.00 " in str(found)
+
+
+def test_runs_are_taken_in_turns() -> None:
+    order: list[str] = []
+
+    def run(name: str, seconds: float) -> Any:
+        def sleep() -> None:
+            order.append(name)
+            time.sleep(seconds)
+
+        return sleep
+
+    found = layer_runs.timed({"a": run("a", 0.002), "b": run("b", 0.004)}, threads=2, budget=0.03)
+    assert 2000 <= found["a"].us < found["b"].us and found["b"].us >= 4000
+    timed = order[2 * layer_runs.WARMUP :]
+    assert timed == ["a", "b"] * (len(timed) // 2) and len(timed) >= 2 * layer_runs.LEAST
+    assert layer_runs.timed({"a": run("a", 0.002)}, threads=1, budget=0.01)["a"].us < 1500, "sleep takes no processor time"
+
+
+def test_what_cannot_be_measured() -> None:
+    m = fxq.compile(net(), "xnor_w1a1", calibration=X, progress=False)
+    for call, error, text in (
+        (lambda: fxq.layer_times(net()), PassError, "the shapes are not known"),
+        (lambda: fxq.layer_times(m, X), PassError, "a compiled model has its shapes"),
+        (lambda: fxq.layer_times(net(), X, threads=0), PassError, "0 threads run nothing"),
+        (lambda: fxq.layer_times(net(), X, activations="u8"), PassError, "activations='u8' have no kernel on bits"),
+        (lambda: fxq.layer_times(nn.ReLU(), X), PassError, "no weighted layer"),
+        (lambda: fxq.layer_times(3, X), FxqError, "expected a module, got int"),  # type: ignore[arg-type]
+        (lambda: LayerTimes.from_json("[]"), SchemeError, "these are no layer times"),
+        (lambda: LayerTimes.from_json({"layers": [{"path": "a"}], "threads": 1, "machine": {}}), SchemeError, "these are no layer times"),
+        (lambda: LayerTimes((), 1).find(SMALL["3x3"], Form()), SchemeError, "the given times have no layer 8->16 3x3 @6x5"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=text):
+            call()
+
+
+def test_the_cache_knows_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(layer_runs, "_measure", lambda *a: calls.append(a) or Times(Time(1, 0), "torch"))
+    for name in ("numba", "numpy", "numba"):
+        found = layer_runs.engines.Engine(name, "generic", layer_runs.engines.NUMPY.kernels)
+        monkeypatch.setattr(layer_runs.engines, "engine", lambda found=found: found)
+        layer_runs.measured(SMALL["3x3"], Form())
+    assert len(calls) == 2
