@@ -13,6 +13,7 @@ import torch
 
 from fxq.bitwise import engine as engines
 from fxq.bitwise import layout
+from fxq.bitwise.int8_layers import layer_model, layer_session
 from fxq.layer_shapes import BITS, CODES, FLOAT, TRITS, Form, LayerShape, plain_module
 
 if TYPE_CHECKING:
@@ -80,7 +81,10 @@ def onnx_float_layer(shape: LayerShape) -> tuple[onnx.ModelProto, Array]:
         more: dict[str, Any] = {"output_padding": shape.output_padding} if shape.output_padding else {}
         node = helper.make_node("ConvTranspose" if shape.kind == "conv_transpose" else "Conv", ["x", "w", "b"], ["y"], **_window(shape), **more)
     x = _float_input(shape)
-    return _model(node, stored, x, TensorProto.FLOAT), x
+    graph = helper.make_graph(
+        [node], "layer", [helper.make_tensor_value_info("x", TensorProto.FLOAT, x.shape)], [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)], stored
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), x
 
 
 def onnx_int8_run(shape: LayerShape, threads: int) -> Run | None:
@@ -94,45 +98,24 @@ def onnx_int8_run(shape: LayerShape, threads: int) -> Run | None:
 
 def onnx_int8_layer(shape: LayerShape) -> tuple[onnx.ModelProto, Array]:
     """The model of :func:`onnx_int8_run`, and its input."""
-    from onnx import TensorProto, helper, numpy_helper
-
-    rng = np.random.default_rng(SEED)
-    parts: dict[str, Any] = {
-        "xs": np.float32(0.02), "xz": np.uint8(128), "w": rng.integers(-127, 128, shape.weight, np.int8),
-        "ws": np.full(shape.outputs, 0.01, np.float32), "wz": np.zeros(shape.outputs, np.int8), "b": np.zeros(shape.outputs, np.int32),
-        "ys": np.float32(0.05), "yz": np.uint8(128),
+    rng, ones = np.random.default_rng(SEED), np.ones(shape.outputs, np.float32)
+    weight = rng.integers(-127, 128, shape.weight, np.int8)
+    tables: dict[str, Any] = {
+        "xs": np.float32(0.02), "xz": np.uint8(128), "ws": ones * np.float32(0.01), "b": np.zeros(shape.outputs, np.int32), "ys": np.float32(0.05),
+        "yz": np.uint8(128),
     }  # fmt: skip
-    if shape.kind == "linear":
-        parts["w"] = np.ascontiguousarray(parts["w"].T)
-        names = ["x", "xs", "xz", "w", "ws", "wz", "b", "ys", "yz"]
-        node = helper.make_node("QGemm", names, ["y"], domain="com.microsoft")
-        x = rng.integers(0, 256, (shape.batch, shape.inputs), np.uint8)
-    else:
-        names = ["x", "xs", "xz", "w", "ws", "wz", "ys", "yz", "b"]
-        node = helper.make_node("QLinearConv", names, ["y"], domain="com.microsoft", channels_last=1, **_window(shape))
-        x = rng.integers(0, 256, (shape.batch, *shape.size, shape.inputs), np.uint8)
-    stored = [numpy_helper.from_array(np.asarray(v), k) for k, v in parts.items()]
-    return _model(node, stored, x, TensorProto.UINT8), x
+    window = [shape.groups, *shape.stride, *shape.pads, *shape.dilation] if shape.kernel else []
+    return layer_model(weight, tables, window), rng.integers(0, 256, (shape.batch, *shape.size, shape.inputs), np.uint8)
 
 
 def _window(shape: LayerShape) -> dict[str, Any]:
     return {"kernel_shape": shape.kernel, "strides": shape.stride, "pads": shape.pads, "dilations": shape.dilation, "group": shape.groups}
 
 
-def _model(node: Any, stored: list[Any], x: Array, kind: int) -> onnx.ModelProto:
-    from onnx import helper
-
-    graph = helper.make_graph([node], "layer", [helper.make_tensor_value_info("x", kind, x.shape)], [helper.make_tensor_value_info("y", kind, None)], stored)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)], ir_version=8)
-
-
 def _session_run(model: onnx.ModelProto, x: Array, threads: int) -> Run:
     import onnxruntime as ort
 
-    o = ort.SessionOptions()
-    o.intra_op_num_threads, o.inter_op_num_threads, o.log_severity_level = threads, 1, 4
-    o.add_session_config_entry("session.force_spinning_stop", "1")
-    session = ort.InferenceSession(model.SerializeToString(), o, providers=["CPUExecutionProvider"])
+    session = layer_session(model, threads)
     bound = session.io_binding()
     bound.bind_ortvalue_input("x", ort.OrtValue.ortvalue_from_numpy(x))
     bound.bind_output("y")

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from fxq.convolutions import CHANNEL_AFFINE, PADDED
+from fxq.convolutions import CHANNEL_AFFINE, conv_pads
 from fxq.graph import data_inputs, float_module, kind, module_of, shape
 from fxq.modules import WEIGHTED, FakeQuantize, Quantized
 
@@ -139,16 +139,8 @@ def shape_of(gm: GraphModule, node: Node, samples: int = 0) -> LayerShape:
 
 def pads_of(op: Any) -> tuple[int, ...]:
     """Zeros at the begin of each spatial dimension, then at the end of each."""
-    n = len(op.kernel_size)
-    if isinstance(op, PADDED):
-        pads: Any = op.pads
-        return tuple(pads[2 * (n - 1 - i)] for i in range(n)) + tuple(pads[2 * (n - 1 - i) + 1] for i in range(n))
-    if isinstance(op.padding, str):
-        if op.padding == "valid":
-            return (0,) * 2 * n
-        whole = [d * (k - 1) for d, k in zip(op.dilation, op.kernel_size, strict=True)]
-        return tuple(w // 2 for w in whole) + tuple(w - w // 2 for w in whole)
-    return (*op.padding, *op.padding)
+    pads = [(p, p) for p in op.padding] if isinstance(op, nn.modules.conv._ConvTransposeNd) else conv_pads(op)
+    return (*(int(begin) for begin, _ in pads), *(int(end) for _, end in pads))
 
 
 def no_bits(gm: GraphModule, node: Node) -> str | None:
