@@ -72,11 +72,13 @@ class _Ledger:
             got = flat(program(*inputs))
             self.values = program.values(*inputs)
         wanted, forced = flat(self.reference(*inputs)), flat(self.reference.walk(inputs, self.observe))
-        nodes = output_nodes(self.reference.gm)
-        if not len(got) == len(wanted) == len(nodes):
+        if len(got) != len(wanted):
             raise ArtifactError(f"it has {len(got)} outputs, the graph {len(wanted)}", way_out=FOREIGN)
-        for node, want, near, value in zip(nodes, wanted, forced, got, strict=True):
-            self.output(value_name(node), node not in self.inexact, want, near, value)
+        nodes = output_nodes(self.reference.gm)
+        whole = len(nodes) == len(wanted)  # otherwise some outputs are constants, or collections that a node gives
+        for i, (want, near, value) in enumerate(zip(wanted, forced, got, strict=True)):
+            exact = nodes[i] not in self.inexact if whole else not self.inexact
+            self.output(value_name(nodes[i]) if whole else f"output {i}", exact, want, near, value)
         self.count["batches"] += 1
 
     def observe(self, step: Step, value: Any) -> Any:

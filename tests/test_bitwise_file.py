@@ -23,6 +23,7 @@ from tests.bit_nets import SCHEMES, BitNet, Wide, batches, compiled
 from tests.test_archived_refused import HOSTILE
 
 X = next(batches(1, seed=5))
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -82,15 +83,17 @@ def test_what_the_artifact_says(small: CompiledModel) -> None:
     assert small.lower("bitwise", coding="huffman").data != made.data
 
 
-def test_binary_layers_are_28_times_smaller_in_the_file(tmp_path: Path) -> None:
+def test_binary_layers_are_28_times_smaller_in_file_and_memory(tmp_path: Path) -> None:
     path = compiled("xnor_w1a1", Wide(128)).lower("bitwise").save(tmp_path / "net.fxq")
     with Archive(path) as archive:
         for name in ("a.weight", "b.weight"):
             r = archive.by_name[name]
             assert r.shape == (128, 128, 3, 3) and r.dense_bytes == 4 * 128 * 128 * 9
             assert 28 * r.bytes <= r.dense_bytes, f"{name}: {r.dense_bytes / r.bytes:.2f}"
-    resident = fxq.load(path).buffers()
-    assert sum(t.numel() * t.element_size() for t in resident) * 20 < 2 * 4 * 128 * 128 * 9
+    report = fxq.load(path).report()
+    assert [r.name for r in report.layers] == ["a", "b"] and all(r.float_bytes == 4 * 128 * 128 * 9 for r in report.layers)
+    for r in report.layers:
+        assert 28 * (r.packed_bytes + r.table_bytes) <= r.float_bytes, str(report)
 
 
 def net8() -> nn.Module:
@@ -109,7 +112,9 @@ def test_nets_without_a_bit_layer_are_refused(scheme: str, target: str) -> None:
     m = fxq.compile(net8(), scheme, calibration=[X], target=target, progress=False)
     with pytest.raises(LoweringError) as e:
         m.lower("bitwise")
-    assert e.value.issues and e.value.where and "xnor_w1a1" in str(e.value.way_out), str(e.value)
+    assert [i.node for i in e.value.issues][0] == e.value.where and sorted(i.node for i in e.value.issues) == ["0", "2", "4"]
+    assert e.value.where == ("0" if scheme in ("iao_w8a8", "twn_wta8", "float") else "2")
+    assert str(e.value).startswith(f"{e.value.where}: no layer runs on bits; of this one: ") and "xnor_w1a1" in str(e.value.way_out)
     assert m.lower().backend == "onnx-qdq"
 
 
@@ -211,6 +216,14 @@ def test_shapes_that_lie_cost_nothing(small: CompiledModel, tmp_path: Path) -> N
     torch.testing.assert_close(program(X), small.reference(X), rtol=1e-5, atol=1e-5)
 
 
+def test_wrong_numbers_in_a_file_never_end_the_process() -> None:
+    """Sizes, strides, groups, grids: refused, or an exception when it runs, or numbers; no kernel leaves its arrays."""
+    done = subprocess.run([sys.executable, "-m", "tests.bit_fuzz", "0", "120"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert set(found) == {"refused", "ran", "raised"} and min(found["refused"], found["ran"]) > 20 and sum(found.values()) == 120, found
+
+
 def test_damaged_files(saved: Path, tmp_path: Path) -> None:
     raw = bytearray(saved.read_bytes())
     raw[-20] ^= 1
@@ -229,6 +242,28 @@ def test_verify_takes_what_save_and_lower_give(small: CompiledModel, saved: Path
     assert small.verify(saved, [X, X], limit=1).batches == 1
     assert "operations run in float: " in str(proof) and "proven: " in str(proof)
     assert json.loads(json.dumps(proof.to_json()))["ok"]
+
+
+class Several(nn.Module):
+    """Outputs in a dict and a tuple: float behind bits, codes, float before bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = BitNet(16)
+
+    def forward(self, x: torch.Tensor) -> dict[str, Any]:
+        y = torch.relu(self.net.bn(self.net.stem(x)))
+        z = torch.relu(self.net.bn_a(self.net.a(y)))
+        return {"all": self.net(x), "some": (z.mean((2, 3)), y)}
+
+
+def test_every_output_is_compared(tmp_path: Path) -> None:
+    m = compiled("tbn_w1at", Several())
+    path = m.lower("bitwise").save(tmp_path / "net.fxq")
+    got, want = fxq.load(path)(X), m.reference(X)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    proof = m.verify(path, [X])
+    assert proof.ok and len(proof.outputs) == 3 and proof.elements == sum(t.numel() for t in (want["all"], *want["some"])), str(proof)
 
 
 def test_another_model_is_not_proven(small: CompiledModel, saved: Path) -> None:

@@ -8,11 +8,15 @@ from typing import ClassVar
 from torch.fx import GraphModule
 
 from fxq.backends.archive import ArchiveBackend
+from fxq.bitwise.lowered import lower
 from fxq.bitwise.program import BitProgram, BitReport
 from fxq.errors import LoweringError
 from fxq.lowering import Artifact, Issue
 from fxq.schemes import Scheme
 from fxq.targets import Target
+
+
+WAY_OUT = "Compile it with a scheme of binary or ternary weights and inputs: xnor_w1a1, bnn_w1a1, twn_wta1 or tbn_w1at"
 
 
 class BitwiseBackend(ArchiveBackend):
@@ -41,7 +45,7 @@ class BitwiseBackend(ArchiveBackend):
             try:
                 self._found = gm, BitProgram(gm).report()
             except LoweringError as e:
-                issues.append(Issue(e.where or "model", e.fact, e.way_out or ""))
+                issues = _why_not(gm) or [Issue("model", e.fact, WAY_OUT)]
         return issues
 
     def emit(self, gm: GraphModule, scheme: Scheme, target: Target) -> Artifact:
@@ -50,3 +54,11 @@ class BitwiseBackend(ArchiveBackend):
         report, self._found = self._found[1], None
         made = super().emit(gm, scheme, target)
         return replace(made, info={**made.info, "bitwise": report.to_json(), "summary": str(report)})
+
+
+def _why_not(gm: GraphModule) -> list[Issue]:
+    """Why each weighted layer does not run on bits; those that are float because of their place in the net come last."""
+    order = {str(n.target): i for i, n in enumerate(gm.graph.nodes)}
+    reasons = lower(gm).reasons.items()
+    found = sorted(reasons, key=lambda r: (r[1].startswith("the scheme leaves the"), order.get(r[0], len(order))))
+    return [Issue(path, f"no layer runs on bits; of this one: {why}", WAY_OUT) for path, why in found]
