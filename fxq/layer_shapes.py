@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -121,19 +122,25 @@ def shape_of(gm: GraphModule, node: Node, samples: int = 0) -> LayerShape:
         gm: a canonical graph with shapes in ``node.meta``, quantized or not.
         samples: of the batch; 0 as many as the graph's example has.
     """
-    op: Any = float_module(gm, node)
-    k, sizes = kind(gm, node), shape(data_inputs(node)[0])
-    dynamic = data_inputs(node)[0].meta.get("dynamic") or (True,)
-    if k == "linear":
+    source = data_inputs(node)[0]
+    dynamic = source.meta.get("dynamic") or (True,)
+    return module_shape(float_module(gm, node), shape(source), samples if dynamic[0] else 0)
+
+
+def module_shape(op: Any, sizes: Sequence[int], samples: int = 0) -> LayerShape:
+    """The shape of a conv, transposed conv or linear module.
+
+    Args:
+        op: float module. sizes: of its input. samples: in place of the input's first size; 0 as many as it has.
+    """
+    if isinstance(op, nn.Linear):
         rows = math.prod(sizes[:-1])
-        if samples and len(sizes) > 1 and dynamic[0]:
-            rows = max(1, rows // max(1, sizes[0]) * samples)
-        return LayerShape(k, rows, op.in_features, op.out_features)
-    n = len(op.kernel_size)
-    batch = sizes[0] if len(sizes) == n + 2 else 1
+        return LayerShape("linear", max(1, rows // max(1, sizes[0]) * samples) if samples and len(sizes) > 1 else rows, op.in_features, op.out_features)
+    n, turned = len(op.kernel_size), isinstance(op, nn.modules.conv._ConvTransposeNd)
+    batch = samples or sizes[0] if len(sizes) == n + 2 else 1
     return LayerShape(
-        k, samples if samples and dynamic[0] else batch, op.in_channels, op.out_channels, tuple(op.kernel_size), tuple(op.stride), pads_of(op),
-        tuple(op.dilation), tuple(sizes[-n:]), op.groups, tuple(op.output_padding) if k == "conv_transpose" else (),
+        "conv_transpose" if turned else "conv", batch, op.in_channels, op.out_channels, tuple(op.kernel_size), tuple(op.stride), pads_of(op),
+        tuple(op.dilation), tuple(sizes[-n:]), op.groups, tuple(op.output_padding) if turned else (),
     )  # fmt: skip
 
 
@@ -143,15 +150,13 @@ def pads_of(op: Any) -> tuple[int, ...]:
     return (*(int(begin) for begin, _ in pads), *(int(end) for _, end in pads))
 
 
-def no_bits(gm: GraphModule, node: Node) -> str | None:
-    """Why a layer has no form on bits, or ``None``."""
-    op: Any = float_module(gm, node)
-    k = kind(gm, node)
-    if k == "conv_transpose":
+def no_bits(op: nn.Module) -> str | None:
+    """Why a conv, transposed conv or linear module has no form on bits, or ``None``."""
+    if isinstance(op, nn.modules.conv._ConvTransposeNd):
         return "a transposed convolution has no kernel on bits"
-    if k == "conv" and len(op.kernel_size) > 2:
+    if isinstance(op, nn.Conv3d):
         return "a convolution over 3 dimensions has no kernel on bits"
-    if k == "conv" and op.padding_mode != "zeros":
+    if isinstance(op, nn.modules.conv._ConvNd) and op.padding_mode != "zeros":
         return f"padding with {op.padding_mode} values has no kernel on bits"
     if isinstance(op, CHANNEL_AFFINE):
         return "a scale of each channel multiplies nothing that could be counted"

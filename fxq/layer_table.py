@@ -14,7 +14,7 @@ from fxq.bitwise import engine as engines
 from fxq.bitwise.layers import BitLayer, bit_layer
 from fxq.doctor_machine import machine
 from fxq.errors import SchemeError
-from fxq.graph import data_inputs, module_of
+from fxq.graph import data_inputs, float_module, module_of
 from fxq.layer_runs import Time, Times, measured
 from fxq.layer_shapes import Form, LayerShape, form_of, layers_of, no_bits, shape_of
 from fxq.modules import FakeQuantize, Quantized
@@ -149,7 +149,7 @@ def times_of(gm: GraphModule, *, samples: int = 0, threads: int = 1, like: Form 
     """
     found, ask = [], measure or measured
     for node in layers_of(gm) if only is None else only:
-        why, shape, form = no_bits(gm, node), shape_of(gm, node, samples), form_of(gm, node, like)
+        why, shape, form = no_bits(float_module(gm, node)), shape_of(gm, node, samples), form_of(gm, node, like)
         found.append(LayerTime(str(node.target), shape, form, _runs(gm, node), ask(shape, form, threads, why is None), why or ""))
     return tuple(found)
 

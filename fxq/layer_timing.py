@@ -30,7 +30,8 @@ def layer_times(model: nn.Module, example: Any = None, *, threads: int = 1, acti
 
     Args:
         model: a float module, with ``example``; or a :class:`~fxq.compiled.CompiledModel`, whose layers are measured with the grids that they have.
-            Neither is changed. A float net is measured as if all its layers were binary (or as ``activations`` and ``weights`` say).
+            or a net on bits (:class:`~fxq.bitwise.program.BitProgram`, what ``fxq.load`` gives of a ``net.fxq``), with ``example``.
+            None is changed. A float net is measured as if all its layers were binary (or as ``activations`` and ``weights`` say).
         example: one batch of inputs (a tensor or a tuple): its sizes count, and its number of samples. Without it, one sample of what the model
             was compiled with.
         threads: of each run.
@@ -45,11 +46,24 @@ def layer_times(model: nn.Module, example: Any = None, *, threads: int = 1, acti
     for name, kind in (("activations", activations), ("weights", weights)):
         if kind not in KINDS:
             raise PassError(f"{name}={kind!r} have no kernel on bits", where="layer_times", way_out="Use 'binary' or 'ternary'")
-    gm, samples = _graph(model, example)
-    layers = times_of(gm, samples=samples, threads=threads, like=Form(activations, weights))
+    from fxq.bitwise.program import BitProgram
+
+    if isinstance(model, BitProgram):
+        from fxq.layer_program import program_times
+
+        layers = program_times(model, _inputs(example, model), threads)
+    else:
+        gm, samples = _graph(model, example)
+        layers = times_of(gm, samples=samples, threads=threads, like=Form(activations, weights))
     if not layers:
         raise PassError("the model has no weighted layer", where="layer_times", way_out="Give a model with convolutions or linear layers")
     return LayerTimes(layers, threads, about())
+
+
+def _inputs(example: Any, net: nn.Module) -> tuple[Any, ...]:
+    if example is None:
+        raise PassError("the shapes are not known", where="layer_times", way_out="Pass example= with one batch of inputs")
+    return Batches([example], net).example
 
 
 def _graph(model: Any, example: Any) -> tuple[GraphModule, int]:
@@ -63,9 +77,7 @@ def _graph(model: Any, example: Any) -> tuple[GraphModule, int]:
     if not isinstance(net, nn.Module):
         raise FxqError(f"expected a module, got {type(net).__name__}", way_out="Pass a float model with example=, or a compiled one")
     admission.check_model(net)
-    if example is None:
-        raise PassError("the shapes are not known", where="layer_times", way_out="Pass example= with one batch of inputs")
-    inputs = Batches([example], net).example
+    inputs = _inputs(example, net)
     first = next((x for x in inputs if isinstance(x, torch.Tensor) and x.ndim), None)
     gm = canonical_graph(net, inputs, "Measure its parts one by one")
     return gm, 1 if first is None else len(first)

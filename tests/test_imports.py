@@ -38,7 +38,7 @@ STREET: tuple[tuple[str, ...], ...] = (
     ("bitwise",),
     ("lint_graph", "lint_whole", "exposed", "lint_trt_fold", "lint_trt_report", "prunable", "layer_runs"),
     ("lint_clips", "verdict", "lint_trt_graph", "lint_report", "lint_ov_rules", "layer_table"),
-    ("lint_steps", "lint_trt_flow", "lint_trt_packed", "lint_ov", "auto_lowbit"),
+    ("lint_steps", "lint_trt_flow", "lint_trt_packed", "lint_ov", "auto_lowbit", "layer_program"),
     ("lint_rules", "lint_trt_ops", "lint_ov_runtime"),
     ("lint_trt_rules", "lint_trt_model", "lint_trt_edit"),
     ("lint_trt", "lint_trt_codes", "lint_trt_scales", "lint_fix_layers"),

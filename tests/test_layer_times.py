@@ -136,8 +136,8 @@ def test_shapes_are_those_of_the_graph() -> None:
     macs = {c.path: c.macs for c in layer_costs(gm)}
     assert {k: s.macs for k, s in shapes.items()} == {k: 2 * macs[k] for k in shapes}
     assert shape_of(gm, nodes[-1], 1).batch * 2 == shapes["f"].batch and shape_of(gm, nodes[0], 5).batch == 5
-    assert [str(n.target) for n in nodes if no_bits(gm, n)] == ["c", "e"]
-    assert "circular" in str(no_bits(gm, nodes[4]))
+    assert [str(n.target) for n in nodes if no_bits(gm.get_submodule(str(n.target)))] == ["c", "e"]
+    assert "circular" in str(no_bits(gm.get_submodule("e")))
     assert [LayerShape.from_json(json.loads(json.dumps(s.to_json()))) for s in shapes.values()] == list(shapes.values())
 
 
@@ -234,3 +234,42 @@ def test_the_cache_knows_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(layer_runs.engines, "engine", lambda found=found: found)
         layer_runs.measured(SMALL["3x3"], Form())
     assert len(calls) == 2
+
+
+def test_a_net_on_bits() -> None:
+    from fxq.bitwise.program import BitProgram
+
+    m = fxq.compile(net(), "tbn_w1at", calibration=X, int8=["fc"], progress=False)
+    program, want = BitProgram(m.graph_module), {t.path: t for t in fxq.layer_times(m).layers}
+    found = {t.path: t for t in fxq.layer_times(program, X[:1]).layers}
+    assert {k: t.runs for k, t in found.items()} == {"a": "float32", "b": "bits", "c": "bits", "up": "float32", "d": "bits", "fc": "int8"}
+    assert {k: t.shape for k, t in found.items()} == {k: t.shape for k, t in want.items()}
+    assert {k: t.form for k, t in found.items() if t.runs == "bits"} == {k: t.form for k, t in want.items() if t.runs == "bits"}
+    assert fxq.layer_times(program, X[:3]).layers[1].shape.batch == 3
+    with pytest.raises(PassError, match="the shapes are not known"):
+        fxq.layer_times(program)
+
+
+class Flat(nn.Module):
+    """Convolutions over one and two dimensions, a linear layer behind a flatten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv1d(4, 64, 3), nn.Conv1d(64, 32, 3, 2, 1), nn.Linear(32 * 7, 24)
+        self.d = nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.b(F.relu(self.a(x)))).flatten(1)
+        return self.d(F.relu(self.c(x)))  # type: ignore[no-any-return]
+
+
+def test_shapes_of_a_net_on_bits_over_one_dimension() -> None:
+    from fxq.bitwise.program import BitProgram
+
+    torch.manual_seed(0)
+    m = fxq.compile(Flat().eval(), "xnor_w1a1", calibration=torch.randn(8, 4, 16), progress=False)
+    found = {t.path: t for t in fxq.layer_times(BitProgram(m.graph_module), torch.randn(2, 4, 16)).layers}
+    assert {k: (t.runs, str(t.shape)) for k, t in found.items()} == {
+        "a": ("float32", "4->64 3 @16 batch 2"), "b": ("bits", "64->32 3 @14 stride 2 batch 2"), "c": ("bits", "224->24 batch 2"),
+        "d": ("float32", "24->3 batch 2"),
+    }  # fmt: skip
