@@ -142,7 +142,8 @@ def require_lowbit(scheme: Scheme, int8: bool, times: bool) -> None:
     """
     if int8 and (scheme.method != "static" or scheme.stream is None):
         fact = "is int8 already" if scheme.method == "static" else f"is {scheme.method}"
-        raise SchemeError(f"int8= keeps layers of a low-bit scheme in 8 bits, {scheme.name!r} {fact}", way_out="Leave int8= out, or use a scheme like xnor_w1a1")
+        way_out = "Leave int8= out, or use a scheme like xnor_w1a1"
+        raise SchemeError(f"int8= keeps layers of a low-bit scheme in 8 bits, {scheme.name!r} {fact}", way_out=way_out)
     if times and not scheme.auto:
         raise SchemeError(f"times= is what 'auto-lowbit' chooses by, the scheme is {scheme.name!r}", way_out="Use scheme='auto-lowbit', or leave times= out")
 

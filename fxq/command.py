@@ -38,10 +38,11 @@ def parser() -> argparse.ArgumentParser:
     lint.add_argument("--json", action="store_true", help="print the report as JSON")
     lint.add_argument("--strict", action="store_true", help="exit code 1 also for warnings and for operations in float")
     lint.set_defaults(run=_lint)
-    from fxq import cli_doctor, cli_inspect
+    from fxq import cli_doctor, cli_inspect, cli_times
 
     cli_doctor.add(commands)
     cli_inspect.add(commands)
+    cli_times.add(commands)
     bisect = commands.add_parser("bisect", add_help=False, help="which pass, node and reason made a compiled model wrong; options as of fxq-lower")
     bisect.add_argument("rest", nargs=argparse.REMAINDER)
     bisect.set_defaults(run=_bisect)

@@ -45,10 +45,9 @@ def numbers(*shape: int) -> Array:
 
 def torch_run(shape: LayerShape, channels_last: bool = False) -> Run:
     """The layer in torch, float32, with a bias."""
-    torch_state = torch.random.get_rng_state()
-    torch.manual_seed(SEED)
-    layer = plain_module(shape).eval()
-    torch.random.set_rng_state(torch_state)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        layer = plain_module(shape).eval()
     x = torch.from_numpy(_float_input(shape))
     if channels_last and x.ndim == 4:
         layer, x = layer.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)

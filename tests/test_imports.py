@@ -53,7 +53,7 @@ STREET: tuple[tuple[str, ...], ...] = (
     ("doctor_plan",),
     ("diagnosis",),
     ("cli_engine", "cli_prune", "cli_doctor", "cli_debug", "cli_inspect"),
-    ("cli",),
+    ("cli", "cli_times"),
     ("command",),
 )  # fmt: skip
 """A module imports from the rows above its own only."""

@@ -1,0 +1,72 @@
+"""``fxq times``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import fxq
+from fxq import command, layer_runs
+from fxq.layer_table import LayerTimes
+from tests.lowbit_nets import X, net
+
+SOURCE = """
+import torch
+from torch import nn
+
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4))
+"""
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_runs, "BUDGET", 0.005)
+    monkeypatch.setattr(layer_runs, "_CACHE", {})
+
+
+def test_a_float_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model.py").write_text(SOURCE)
+    source = f"{tmp_path / 'model.py'}:build"
+    assert command.main(["times", source, "--input", "2,3,4,4", "--activations", "ternary"]) == 0
+    out = capsys.readouterr().out
+    assert "3->64 3x3 @4x4 batch 2" in out and "binary x ternary, trits to" in out and "fastest" in out
+    assert command.main(["times", source, "--input", "2,3,4,4", "--json"]) == 0
+    assert [t.path for t in LayerTimes.from_json(capsys.readouterr().out).layers] == ["0", "2", "5"]
+
+
+def test_a_net_on_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "net.fxq"
+    fxq.compile(net(), "xnor_w1a1", calibration=X, progress=False).lower("bitwise").save(path)
+    assert command.main(["times", str(path), "--input", "1,3,12,12", "--json"]) == 0
+    found = {t["path"]: t["runs"] for t in json.loads(capsys.readouterr().out)["layers"]}
+    assert found == {"a": "float32", "b": "bits", "c": "bits", "up": "float32", "d": "bits", "fc": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["nothing.fxq", "--input", "1,3"], "nothing.fxq: there is no such file"),
+        (["torchvision:nothing"], "nothing"),
+        (["MODEL:build"], "the shapes are not known. Give --input 1,3,224,224"),
+        (["MODEL:build", "--input", "1,3,4,4", "--threads", "0"], "0 threads run nothing"),
+        (["MODEL:build", "--weights", "u8"], "invalid choice"),
+    ],
+)
+def test_mistakes(argv: list[str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model.py").write_text(SOURCE)
+    argv = [a.replace("MODEL", str(tmp_path / "model.py")) for a in argv]
+    assert command.main(["times", *argv]) == 2
+    err = capsys.readouterr().err
+    assert text in err and err.count("\n") == 1
+
+
+def test_the_state_of_torch_stays() -> None:
+    model = torch.nn.Linear(8, 8)
+    before = torch.random.get_rng_state(), torch.get_num_threads()
+    fxq.layer_times(model, torch.zeros(1, 8), threads=2)
+    assert torch.equal(torch.random.get_rng_state(), before[0]) and torch.get_num_threads() == before[1]
