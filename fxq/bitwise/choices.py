@@ -127,10 +127,20 @@ class Chooser:
             special: Any = getattr(self, f"_{step.kind}", None)
             chosen: Choice | None = None if special is None else special(step, axis)
             if chosen is None:
-                chosen = self._pointwise(step, axis)
+                chosen = self._pointwise(step, axis) or self._mover(step)
             if chosen is not None:
                 return chosen
         return self._exactly(step)
+
+    def _mover(self, step: Step) -> Choice | None:
+        """On codes of one grid."""
+        if step.kind not in (*kernels.MOVERS, "split") or not self._same(step):
+            return None
+        sources = [a for a in step.operands if isinstance(a, Node)]
+        floats = step.kind in ("max_pool", "resize", "pad")
+        fill = int(numerics.quantize(torch.zeros(()), self.grid(sources[0]))) if step.kind == "pad" else None
+        index = step.index if step.kind == "split" else None
+        return Choice(CODES, [(a, CODES) for a in sources], [lambda: code_modules.Mover(copy.deepcopy(step.module).eval(), floats, fill, index)])
 
     def _exactly(self, step: Step) -> Choice:
         """On codes: weighted layers by float32 sums of integers, everything else as the reference runs it."""

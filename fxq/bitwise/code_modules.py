@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +15,7 @@ from fxq.bitwise import ops
 from fxq.bitwise.pools import Pool
 from fxq.kernels import Codes
 from fxq.modules import Quantized, call_with
-from fxq.spec import QParams
+from fxq.spec import QParams, QuantSpec
 
 EXACT = 1 << 24
 """Up to here float32 holds every integer."""
@@ -31,13 +32,11 @@ class CodeMaxPool(Pool):
 class Quantize(nn.Module):
     """Codes of float values, behind a ReLU if ``relu``; of four dimensions they lie in memory channels last."""
 
-    scale: Tensor
-
     def __init__(self, qp: QParams, relu: bool = False) -> None:
         super().__init__()
-        self.register_buffer("scale", qp.scale.detach().clone())
         self.grid = qp
-        self.plain = qp.spec.kind in ("affine", "ternary") and qp.scale.ndim == 0
+        self.plain = qp.spec.kind in ("affine", "ternary") and qp.spec.bits <= 8 and qp.scale.ndim == 0
+        self.step = float(qp.scale) if self.plain else 0.0
         self.relu = relu and not (self.plain and int(qp.zero_point) == qp.spec.qmin)
         self.zero = int(qp.zero_point) if self.plain else 0
 
@@ -45,9 +44,9 @@ class Quantize(nn.Module):
         x = x.relu() if self.relu else x
         spec = self.grid.spec
         if self.plain:
-            codes = x.to(torch.float32).div(self.scale).round_().add_(self.zero).clamp_(spec.qmin, spec.qmax).to(spec.dtype)
-        else:
-            codes = numerics.quantize(x, self.grid)
+            out: Tensor = ops.quantize(x.to(torch.float32), self.step, self.zero, spec.qmin, spec.qmax)
+            return out
+        codes = numerics.quantize(x, self.grid)
         return codes.contiguous(memory_format=torch.channels_last) if codes.ndim == 4 else codes
 
     def extra_repr(self) -> str:
@@ -151,21 +150,48 @@ class CodeAdd(nn.Module):
         return out
 
 
+def requantized(acc: Tensor, scale: Tensor, spec: QuantSpec, zero: int) -> Tensor:
+    """:func:`fxq.kernels.requantized` onto an affine or ternary grid in torch alone; ``scale`` is that of the sums in units of the grid's."""
+    real = acc.to(torch.float32).mul_(scale)
+    return real.clamp_(spec.qmin - zero, spec.qmax - zero).round_().add_(zero).to(spec.dtype)
+
+
 class GlobalPool(nn.Module):
     """The mean over all places of 8-bit codes ``[B, C, *spatial]`` (:func:`fxq.kernels.global_avg_pool`)."""
 
+    scale: Tensor
+    unit: Tensor
+
     def __init__(self, exact: CodesOp, qp: QParams, out: QParams) -> None:
         super().__init__()
-        self.exact, self.zero, self.out = exact, int(qp.zero_point), out
-        self.scale, self.unit, self.out_zero = np.float32(qp.scale), np.float32(out.scale), int(out.zero_point)
+        self.exact, self.zero, self.spec, self.out_zero = exact, int(qp.zero_point), out.spec, int(out.zero_point)
+        self.register_buffer("scale", qp.scale.detach().clone())
+        self.register_buffer("unit", out.scale.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        count = x.shape[2:].numel()
+        count = math.prod(x.shape[2:])
         if count * 255 >= EXACT:
             return self.exact(x)  # type: ignore[no-any-return]
         total = x.to(torch.float32).sum(tuple(range(2, x.ndim)), keepdim=True).sub_(count * self.zero)
-        real = total.numpy() * (self.scale / np.float32(self.unit * np.float32(count)))
-        return torch.from_numpy(numerics.requantize(real, self.out.spec, self.out_zero))
+        return requantized(total, self.scale / (self.unit * count), self.spec, self.out_zero)
+
+
+class Mover(nn.Module):
+    """What only moves codes of one grid: reshapes, permutes, slices, gathers, pads, splits, concatenations, resizes.
+
+    Args:
+        module: the float module. floats: it takes floats only. fill: code that a padding writes. index: of a part of a split.
+    """
+
+    def __init__(self, module: nn.Module, floats: bool = False, fill: int | None = None, index: int | None = None) -> None:
+        super().__init__()
+        self.module, self.floats, self.index = module, floats, index
+        if fill is not None:
+            module.value = float(fill)  # type: ignore[assignment]
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        y = self.module(*(x.to(torch.float32) for x in xs)).to(xs[0].dtype) if self.floats else self.module(*xs)
+        return y if self.index is None else y[self.index]  # type: ignore[no-any-return]
 
 
 class IntegerLayer(nn.Module):
@@ -196,7 +222,9 @@ class IntegerLayer(nn.Module):
         scale = (x.scale * wq.scale).detach().expand(len(codes))
         self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last) if weight.ndim == 4 else weight)
         self.register_buffer("bias", bias.to(torch.int64).reshape(shape))
-        self.register_buffer("scale", scale.clone().reshape(shape))
+        self.plain = out is not None and out.spec.kind in ("affine", "ternary") and out.scale.ndim == 0
+        self.register_buffer("scale", (scale / out.scale if out is not None and self.plain else scale.clone()).reshape(shape))
+        self.out_zero = int(out.zero_point) if out is not None and self.plain else 0
         self.zero, self.out, self.parts = int(x.zero_point), out, parts
 
     def forward(self, x: Tensor) -> Tensor:
@@ -209,7 +237,7 @@ class IntegerLayer(nn.Module):
         acc = acc + self.bias
         if self.out is None:
             return acc.to(torch.float32) * self.scale
-        return kernels.requantized(acc, self.scale, self.out)
+        return requantized(acc, self.scale, self.out.spec, self.out_zero) if self.plain else kernels.requantized(acc, self.scale, self.out)
 
     def _sums(self, x: Tensor) -> Tensor:
         return call_with(self.op, x, self.weight, None)

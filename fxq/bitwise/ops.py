@@ -190,32 +190,15 @@ def _(x: Tensor, channels: int, kernel: Sequence[int], stride: Sequence[int], pa
 @torch.library.custom_op("fxq::code_max_pool", mutates_args=())
 def code_max_pool(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], ceil_mode: bool) -> Tensor:
     """Maximum over windows of 8-bit codes ``[B, C, H, W]``; padding takes no part."""
-    a = x.movedim(1, -1).contiguous().numpy()
-    for axis, (k, s, p, d) in enumerate(zip(kernel, stride, padding, dilation, strict=True), 1):
-        a = _max_along(a, axis, k, s, p, d, layout.pool_size(a.shape[axis], k, s, p, d, ceil_mode))
-    return torch.from_numpy(a).movedim(-1, 1)
+    k, s, p, d = ((v[0], v[1]) for v in (kernel, stride, padding, dilation))
+    y = engine().code_pool(x.permute(0, 2, 3, 1).contiguous().numpy(), k, s, p, d, ceil_mode, torch.get_num_threads())
+    return torch.from_numpy(y).permute(0, 3, 1, 2)
 
 
 @code_max_pool.register_fake
 def _(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], ceil_mode: bool) -> Tensor:
     out = [layout.pool_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1)]
     return x.new_empty(x.shape[0], *out, x.shape[1]).movedim(-1, 1)
-
-
-def _max_along(a: Array, axis: int, kernel: int, stride: int, padding: int, dilation: int, count: int) -> Array:
-    """Maximum over windows along one dimension."""
-    size = a.shape[axis]
-    out = np.full((*a.shape[:axis], count, *a.shape[axis + 1 :]), np.iinfo(a.dtype).min, a.dtype)
-    for k in range(kernel):
-        shift = k * dilation - padding
-        first, last = max(0, -(shift // stride)), min(count - 1, (size - 1 - shift) // stride)
-        if last < first:
-            continue
-        here = (slice(None),) * axis
-        part = a[(*here, slice(first * stride + shift, last * stride + shift + 1, stride))]
-        target = out[(*here, slice(first, last + 1))]
-        np.maximum(target, part, out=target)
-    return out
 
 
 # ---------------------------------------------------------------- channels of packed values
@@ -290,3 +273,24 @@ def _(x: Tensor, values: Tensor) -> Tensor:
     if x.ndim == 4:
         return torch.empty_like(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
     return torch.empty_like(x.contiguous())
+
+
+@torch.library.custom_op("fxq::quantize", mutates_args=())
+def quantize(x: Tensor, scale: float, zero: int, qmin: int, qmax: int) -> Tensor:
+    """Codes of float32 values on a grid of 8 bits or less with one scale (:func:`fxq.numerics.quantize`); of four dimensions channels last in memory."""
+    x = x.detach()
+    if x.ndim == 4:
+        last = _is_channels_last(x)
+        three = x.permute(0, 2, 3, 1).flatten(1, 2) if last else x.contiguous().flatten(2)
+    else:
+        last, three = True, x.contiguous().reshape(1, 1, -1)
+    y = torch.from_numpy(engine().quantize(three.numpy(), scale, zero, qmin, qmax, last, torch.get_num_threads()))
+    return y.reshape(x.shape[0], x.shape[2], x.shape[3], x.shape[1]).permute(0, 3, 1, 2) if x.ndim == 4 else y.reshape(x.shape)
+
+
+@quantize.register_fake
+def _(x: Tensor, scale: float, zero: int, qmin: int, qmax: int) -> Tensor:
+    dtype = torch.int8 if qmin < 0 else torch.uint8
+    if x.ndim == 4:
+        return x.new_empty(x.shape[0], x.shape[2], x.shape[3], x.shape[1], dtype=dtype).permute(0, 3, 1, 2)
+    return x.new_empty(x.shape, dtype=dtype)

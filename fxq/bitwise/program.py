@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from fxq.bitwise import lowered, ops
 from fxq.bitwise.engine import engine
-from fxq.bitwise.lowered import Value
+from fxq.bitwise.lowered import Lowered, Value
 from fxq.errors import FxqError, LoweringError
 
 
@@ -113,6 +113,9 @@ class BitProgram(nn.Module):
         if not found.layers:
             why = "; ".join(f"{k}: {v}" for k, v in list(found.reasons.items())[:3]) or "it has no weighted layers"
             raise LoweringError(f"no layer runs on bits ({why})", where="bitwise", way_out="Compile with a binary or ternary scheme, such as xnor_w1a1")
+        self._adopt(found)
+
+    def _adopt(self, found: Lowered) -> None:
         self.graph_module = found.graph_module
         self._values, self._reasons = found.values, found.reasons
         self._paths = {path: name for name, made in found.layers.items() for path, m in found.graph_module.named_modules() if m is made}
