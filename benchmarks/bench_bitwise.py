@@ -2,10 +2,13 @@
 
 Run: python benchmarks/bench_bitwise.py [--fresh] [--quick] [--seconds 6] [names ...]
 
-One layer at a time, one thread, all of its runs in turns: processor time of the thread (which other processes disturb little) and wall time, medians. Two
-threads against one: wall time. float32: torch (NCHW and channels last) and ONNX Runtime, NCHW float32 in and out, with a bias. int8: ONNX Runtime's kernel as
-inside a net, u8 codes in and out, channels last; torch's own through oneDNN. Bits: ``packed`` takes float32 NCHW, packs it, and gives float32; ``net`` takes
-packed values and gives packed ones, as between two binary layers. TBN: ternary activations; ternary weights: with binary activations.
+One layer at a time, one thread, all of its runs in turns: processor time of the thread (which other processes disturb little) and wall time, medians. In
+each turn a run is called once, cold: the runs before it have emptied the caches (one of float32 moves megabytes); then five times, warm, as behind the layer
+that made its input. Ratios are of warm times unless they say cold. Two threads against one: wall time.
+
+float32: torch (NCHW and channels last) and ONNX Runtime, NCHW float32 in and out, with a bias. int8: ONNX Runtime's kernel as inside a net, u8 codes in and
+out, channels last; torch's own through oneDNN. Bits: ``packed`` takes float32 NCHW, packs it, and gives float32; ``net`` takes packed values and gives packed
+ones, as between two binary layers. TBN: ternary activations; ternary weights: with binary activations.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from fxq.doctor_machine import machine
 from fxq.layer_shapes import BITS, TRITS, Form, LayerShape
 
 Run = Callable[[], Any]
-WARMUP, LEAST, MOST = 3, 5, 101
+WARMUP, LEAST, MOST, WARM = 3, 5, 101, 5
 FLOATS = ("torch", "torch channels_last", "ORT")
 GOALS = {"3x3 64@56": 6.0, "3x3 128@28": 8.0, "3x3 256@14": 11.0, "3x3 512@7": 14.0, "FC 4096x4096": 40.0}
 """Times float32 that the layer must be faster, packing included."""
@@ -83,21 +86,27 @@ def runs_of(shape: LayerShape) -> dict[str, Run]:
     return found
 
 
-def measure(runs: dict[str, Run], seconds: float) -> dict[str, tuple[float, float]]:
-    """Medians of processor time of this thread and of wall time, microseconds, in turns."""
+def measure(runs: dict[str, Run], seconds: float) -> dict[str, tuple[float, float, float]]:
+    """Medians, microseconds, in turns: processor time of this thread and wall time of calls with warm caches, processor time of the first call of a turn."""
     for run in runs.values():
         for _ in range(WARMUP):
             run()
     times: dict[str, list[tuple[float, float]]] = {k: [] for k in runs}
+    cold: dict[str, list[float]] = {k: [] for k in runs}
     start = time.perf_counter()
     for i in range(MOST):
         for k, run in runs.items():
-            cpu, wall = time.thread_time(), time.perf_counter()
+            cpu = time.thread_time()
             run()
-            times[k].append((time.thread_time() - cpu, time.perf_counter() - wall))
+            cold[k].append(time.thread_time() - cpu)
+            for _ in range(WARM):
+                cpu, wall = time.thread_time(), time.perf_counter()
+                run()
+                times[k].append((time.thread_time() - cpu, time.perf_counter() - wall))
         if i + 1 >= LEAST and time.perf_counter() - start > seconds:
             break
-    return {k: (1e6 * statistics.median(t[0] for t in v), 1e6 * statistics.median(t[1] for t in v)) for k, v in times.items()}
+    middle = statistics.median
+    return {k: (1e6 * middle(t[0] for t in v), 1e6 * middle(t[1] for t in v), 1e6 * middle(cold[k])) for k, v in times.items()}
 
 
 def two_threads(shape: LayerShape, seconds: float) -> dict[str, float]:
@@ -127,6 +136,7 @@ def row_of(name: str, shape: LayerShape, limit: Run, limit_macs: float, seconds:
         "TBN / binary net": round(cpu["TBN net"] / cpu["binary net"], 3), "net x numpy": round(cpu["numpy net"] / cpu["binary net"], 2),
         "GMAC/s": round(gmacs), "limit GMAC/s": round(peak), "of the limit": round(gmacs / peak, 3),
         **{f"2 threads {k}": v for k, v in threads.items()},
+        "cold us": {k: round(v[2], 1) for k, v in t.items()}, "cold packed x float": round(min(t[k][2] for k in FLOATS if k in t) / t["binary packed"][2], 2),
         "wall us": {k: round(v[1], 1) for k, v in t.items()},
     }  # fmt: skip
     return row | {"goals": goals(name, shape, row)}
