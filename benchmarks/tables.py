@@ -278,16 +278,55 @@ def deepcomp() -> str:
     return text + "\n\n" + table(["recipe", *columns], [[f"`{k}`", *(r.get(c, "") for c in columns)] for k, r in rows.items()])
 
 
+def bitwise() -> str:
+    rows, source = load("bitwise")
+    columns = {
+        "float32 us": lambda r: r[r["best float"]], "int8 us": lambda r: r["ORT int8"], "packed us": lambda r: r["binary packed"],
+        "in a net us": lambda r: r["binary net"], "packed x float32": lambda r: r["packed x float"], "packed x int8": lambda r: r["packed x int8"],
+        "packed x torch int8": lambda r: r["packed x torch int8"], "TBN / binary": lambda r: r["TBN / binary"],
+        "of the limit": lambda r: f"{r['of the limit']:.0%}",
+        "2 threads": lambda r: r["2 threads net"], "cold x float32": lambda r: r["cold packed x float"], "x numpy": lambda r: r["net x numpy"],
+    }  # fmt: skip
+    missed = [f"{k}: {g}" for k, r in rows.items() for g in r["goals"].split(", ") if g.endswith("missed")]
+    count = sum(len(r["goals"].split(", ")) for r in rows.values())
+    text = (
+        f"Binary layers, one thread ({source}): `packed` from float32 to float32, packing included; `in a net` from packed values to packed ones; float32: the "
+        f"best of torch and ONNX Runtime; int8: ONNX Runtime; the limit: xor, popcount and add in registers, measured in the same run; cold: with the caches "
+        f"that the other runs left. Below 1 the binary layer is slower. Goals: {count - len(missed)} of {count} reached"
+        + (f"; missed: {'; '.join(missed)}:" if missed else ":")
+    )
+    return text + "\n\n" + table(["layer", *columns], [[k, *(get(r) for get in columns.values())] for k, r in rows.items()])
+
+
+def bitwise_nets() -> str:
+    rows, source = load("bitwise_nets")
+    columns = [
+        "torch fp32 ms", "fp32 ms", "int8 ms", "bits ms", "x fp32", "x int8", "fp32 kB", "int8 kB", "bits kB", "smaller", "fp32 MB", "int8 MB", "bits MB",
+        "cold start s", "warm start s", "numpy start s",
+    ]  # fmt: skip
+    kinds = list(dict.fromkeys(k for r in rows.values() for k in r["us by kind"]))
+    text = (
+        f"Whole nets, batch 1, one thread, random weights ({source}): torch and ONNX Runtime in float32, ONNX Runtime in int8, bits; `smaller`: weights of the "
+        f"binary layers; MB: a fresh process beyond torch; start: load and first call, with an empty compile cache, a warm one, without numba:"
+    )
+    parts = "Microseconds of the net on bits by kind of layer; `between`: the calls themselves:"
+    return "\n\n".join([
+        text, table(["net", *columns], [[k, *(r.get(c, "") for c in columns)] for k, r in rows.items()]),
+        parts, table(["net", *kinds], [[k, *(r["us by kind"].get(c, "") for c in kinds)] for k, r in rows.items()]),
+    ])  # fmt: skip
+
+
 TABLES: dict[str, Callable[[], str]] = {"coverage": coverage, "accuracy": accuracy, "speed": speed, "compile": compile_time, "observers": observers}
 TABLES |= {"tensorrt": tensorrt, "tensorrt_accuracy": tensorrt_accuracy, "training": training, "training_steps": training_steps, "size": size, "lowbit": lowbit}
 TABLES |= {"sparsity": sparsity, "pruning": pruning, "prune_training": prune_training, "prune_scale": prune_scale, "prune_speed": prune_speed}
 TABLES |= {"archive": archive, "archive_speed": archive_speed, "deepcomp": deepcomp}
+TABLES |= {"bitwise": bitwise, "bitwise_nets": bitwise_nets}
 TABLES |= {"report": report, "bisect": bisect, "mixed": mixed, "debugger": debugger}
 SOURCES = {"tensorrt": "tensorrt_int8_sm86"}
 
 
 def main() -> None:
-    pages = ("schemes", "tensorrt", "training", "sparsity", "pruning", "report", "debugging", "archive", "compression")
+    pages = ("schemes", "tensorrt", "training", "sparsity", "pruning", "report", "debugging", "archive", "compression", "bitwise")
     for page in (ROOT / "README.md", *(ROOT / "docs" / f"{n}.md" for n in pages)):
         text = page.read_text()
         for name in re.findall(r"<!-- bench:(\w+) -->", text):

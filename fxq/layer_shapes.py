@@ -16,7 +16,7 @@ from fxq.modules import WEIGHTED, FakeQuantize, Quantized
 
 MOVES = ("max_pool", "reshape", "permute", "slice", "index_select")
 """Kinds that hand bits on."""
-PASSING = ("batch_norm", "relu", "clamp", "leaky_relu", "prelu", *MOVES)
+PASSING = ("batch_norm", "relu", "clamp", "leaky_relu", "prelu", "fake_quantize", *MOVES)
 """Kinds that stand between a layer and the sign that the next one reads: the sign is folded through them, or moves over them."""
 BITS, TRITS, CODES, FLOAT = "bits", "trits", "codes", "float"
 """How values travel between layers: packed signs, packed signs with a mask, 8-bit codes, float32."""
