@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
+import warnings
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -75,10 +80,43 @@ class Engine:
         """``values[x]``: a pointwise function of uint8 codes, uint8 ``[256]``."""
         return self.kernels.table(x, values, threads)  # type: ignore[no-any-return]
 
+    def code_pool(self, codes: Array, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair = (1, 1), ceil_mode: bool = False, threads: int = 1) -> Array:
+        """Maximum over windows of uint8 or int8 codes ``[B, H, W, C]``; padding takes no part."""
+        return self.kernels.code_pool(codes, kernel, stride, padding, dilation, ceil_mode, threads)  # type: ignore[no-any-return]
+
+    def quantize(self, x: Array, scale: float, zero: int, qmin: int, qmax: int, channels_last: bool, threads: int = 1) -> Array:
+        """Codes of a grid per tensor, those of :func:`fxq.numerics.quantize`. NaN has no code.
+
+        Args:
+            x: float32 ``[B, C, S]``, with ``channels_last`` ``[B, S, C]``.
+
+        Returns:
+            ``[B, S, C]``, int8 where ``qmin < 0``, otherwise uint8.
+        """
+        return self.kernels.quantize(x, scale, zero, qmin, qmax, channels_last, threads)  # type: ignore[no-any-return]
+
 
 NUMPY = Engine("numpy", "generic", numpy_kernels)
 
 
 def engine() -> Engine:
-    """The engine of this process."""
+    """The engine of this process, chosen at the first call.
+
+    ``FXQ_NUMBA=0`` in the environment switches numba off. Where it is not installed, or does not work, one :class:`RuntimeWarning` says so.
+    """
+    return NUMPY if os.environ.get("FXQ_NUMBA", "1") == "0" else _compiled()
+
+
+@cache
+def _compiled() -> Engine:
+    why = "on a big-endian machine"
+    if sys.byteorder == "little":
+        try:
+            kernels = importlib.import_module("fxq.bitwise.numba_kernels")
+            return Engine("numba", kernels.PATH, kernels)
+        except ImportError as e:
+            why = "without numba: pip install 'fxq[bitwise]'" if (e.name or "").split(".")[0] in ("numba", "llvmlite") else f"{e}"
+        except Exception as e:  # whatever a broken numba or LLVM raises
+            why = f"numba does not work here: {type(e).__name__}: {e}"
+    warnings.warn(f"bitwise kernels run in numpy, many times slower ({why})", RuntimeWarning, stacklevel=3)
     return NUMPY

@@ -21,6 +21,8 @@ LANES, TAIL = 32, 8
 """Output channels of a block of weights, and of the blocks that hold the rest."""
 
 INT32 = np.iinfo(np.int32)
+FAR = 1 << 16
+"""Greatest size, step or padding of a window."""
 CHUNK = 1 << 21
 """Elements of a temporary array that functions of numpy may make at once."""
 
@@ -62,6 +64,8 @@ def unpack_bits(words: Array, channels: int) -> Array:
 class Layer:
     """Packed weights of a convolution or linear layer (kernel 1x1).
 
+    Raises an :class:`FxqError` for numbers that contradict each other, so that no kernel ever reads beside an array.
+
     Attributes:
         words: uint64, all blocks one behind the other.
         blocks: int64 ``[n, 5]``, a row a block: first output channel, lanes, first word of the input, words, offset in ``words``.
@@ -86,6 +90,10 @@ class Layer:
     dilation: Pair = (1, 1)
     masked: bool = False
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        _check_geometry(self.kernel, self.stride, self.dilation, self.padding)
+        _check_blocks(self)
 
     @property
     def taps(self) -> int:
@@ -118,6 +126,32 @@ class Layer:
         if oh < 1 or ow < 1:
             raise FxqError(f"a kernel of {kh}x{kw} does not fit into an input of {h}x{w}", way_out="Pass larger inputs")
         return oh, ow
+
+
+def _check_geometry(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], padding: Sequence[int]) -> None:
+    """Raises:
+    FxqError: for windows of no size, steps that are not positive, or absurd padding.
+    """
+    if min(*kernel, *stride, *dilation) < 1 or min(padding) < 0 or max(*kernel, *stride, *dilation, *padding) > FAR:
+        raise FxqError(
+            f"kernel {list(kernel)}, stride {list(stride)}, dilation {list(dilation)} and padding {list(padding)} do not make a window",
+            way_out=f"Sizes are 1 to {FAR}, paddings 0 to {FAR}",
+        )
+
+
+def _check_blocks(layer: Layer) -> None:
+    """Raises:
+    FxqError: when the blocks do not lie in the words, or are not those of the layer's channels.
+    """
+    flat, rows = layer.words, layer.blocks
+    fine = flat.dtype == np.uint64 and flat.ndim == 1 and flat.flags.c_contiguous and rows.dtype == np.int64 and rows.ndim == 2 and rows.shape[1] == 5
+    fine = fine and len(rows) > 0 and 1 <= layer.groups <= layer.channels and layer.channels % layer.groups == 0 and layer.outputs % layer.groups == 0
+    expected, offset, planes = 0, 0, 2 if layer.masked else 1
+    for n0, lanes, word0, words, start in rows.tolist() if fine else ():
+        fine = fine and n0 == expected and lanes in (LANES, TAIL) and word0 >= 0 and words >= 1 and word0 + words <= layer.in_words and start == offset
+        expected, offset = expected + lanes, offset + planes * layer.taps * words * lanes
+    if not fine or offset != len(flat) or not 0 <= expected - layer.outputs < TAIL:
+        raise FxqError("packed weights contradict their table of blocks", way_out="Pack the layer with fxq.bitwise.layout.pack_layer")
 
 
 def as_padding(padding: int | Sequence[int]) -> tuple[int, int, int, int]:
@@ -349,8 +383,10 @@ def check_conv(x: Array, layer: Layer, epilogue: Epilogue) -> None:
     FxqError: when input, layer and epilogue do not fit.
     """
     check_packed(x, layer.channels)
-    table = epilogue.hi if epilogue.hi is not None else epilogue.mult
-    if table is None or len(table) != layer.lanes:
+    e = epilogue
+    needed = {"sign": [e.hi], "ternary": [e.hi, e.lo], "int32": [e.mult, e.bias], "float": [e.mult, e.bias, e.scale], "codes": [e.mult, e.bias, e.scale]}
+    tables = needed.get(e.kind, [None])
+    if any(t is None or t.shape != (layer.lanes,) or t.dtype != (np.float32 if t is e.scale else np.int32) for t in tables):
         raise FxqError(f"the {epilogue.kind} epilogue is not one of this layer", way_out="Make it with the functions of fxq.bitwise.layout")
 
 
@@ -378,10 +414,42 @@ def pool_geometry(x: Array, channels: int, kernel: Pair, stride: Pair, padding: 
         FxqError: when ``x`` is not packed or a window does not fit.
     """
     check_packed(x, channels)
-    oh, ow = (pool_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1))
+    return _windows(x.shape[2:4], kernel, stride, padding, dilation, ceil_mode)
+
+
+def code_pool_geometry(x: Array, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool) -> Pair:
+    """Rows and columns of pooled codes ``[B, H, W, C]``.
+
+    Raises:
+        FxqError: when ``x`` is no such array or a window does not fit.
+    """
+    if x.ndim != 4 or x.dtype not in (np.uint8, np.int8):
+        raise FxqError(f"an array of {x.dtype} {list(x.shape)} cannot be pooled", way_out="Pass uint8 or int8 [batch, rows, columns, channels]")
+    return _windows(x.shape[1:3], kernel, stride, padding, dilation, ceil_mode)
+
+
+def _windows(size: Sequence[int], kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool) -> Pair:
+    _check_geometry(kernel, stride, dilation, padding)
+    oh, ow = (pool_size(size[i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1))
     if oh < 1 or ow < 1 or any(2 * padding[i] > kernel[i] for i in (0, 1)):
-        raise FxqError(f"a window of {kernel[0]}x{kernel[1]} does not fit into an input of {x.shape[2]}x{x.shape[3]}", way_out="Pass larger inputs")
+        raise FxqError(f"a window of {kernel[0]}x{kernel[1]} does not fit into an input of {size[0]}x{size[1]}", way_out="Pass larger inputs")
     return oh, ow
+
+
+def check_codes(a: Array, b: Array) -> None:
+    """Raises:
+    FxqError: unless both are uint8 of one shape.
+    """
+    if a.dtype != np.uint8 or b.dtype != np.uint8 or a.shape != b.shape:
+        raise FxqError(f"{a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)} are no codes of one shape", way_out="Pass uint8 arrays of one shape")
+
+
+def check_quantize(x: Array) -> None:
+    """Raises:
+    FxqError: unless ``x`` is float32 of 3 dimensions.
+    """
+    if x.dtype != np.float32 or x.ndim != 3:
+        raise FxqError(f"an array of {x.dtype} {list(x.shape)} cannot be quantized", way_out="Pass float32 [B, C, S] or [B, S, C]")
 
 
 @dataclass(frozen=True)

@@ -178,6 +178,7 @@ def _inside(out: int, stride: int, shift: int, size: int) -> tuple[slice, slice]
 
 def add(a: Array, b: Array, constants: AddConstants, threads: int = 1) -> Array:
     """Integer add of uint8 codes of one shape, each step with the roundings of :func:`fxq.kernels.add`."""
+    layout.check_codes(a, b)
     c, out = constants, np.empty(a.shape, np.uint8)
     flat_a, flat_b, flat = a.reshape(-1), b.reshape(-1), out.reshape(-1)
     for i in range(0, flat.size, CHUNK):
@@ -190,4 +191,28 @@ def add(a: Array, b: Array, constants: AddConstants, threads: int = 1) -> Array:
 
 def table(x: Array, values: Array, threads: int = 1) -> Array:
     """``values[x]`` for uint8 ``x`` and 256 values of uint8."""
-    return values[x]
+    layout.check_codes(x, x)
+    return np.asarray(values[x])
+
+
+def code_pool(codes: Array, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair = (1, 1), ceil_mode: bool = False, threads: int = 1) -> Array:
+    """Maximum of codes over windows; padding takes no part."""
+    oh, ow = layout.code_pool_geometry(codes, kernel, stride, padding, dilation, ceil_mode)
+    out = np.full((codes.shape[0], oh, ow, codes.shape[3]), np.iinfo(codes.dtype).min, codes.dtype)
+    for i in range(kernel[0]):
+        for j in range(kernel[1]):
+            to_y, y = _inside(oh, stride[0], i * dilation[0] - padding[0], codes.shape[1])
+            to_x, x = _inside(ow, stride[1], j * dilation[1] - padding[1], codes.shape[2])
+            np.maximum(out[:, to_y, to_x], codes[:, y, x], out=out[:, to_y, to_x])
+    return out
+
+
+def quantize(x: Array, scale: float, zero: int, qmin: int, qmax: int, channels_last: bool, threads: int = 1) -> Array:
+    """``clip(rne(x / scale), qmin - zero, qmax - zero) + zero``: the codes of :func:`fxq.numerics.quantize`, places before channels."""
+    layout.check_quantize(x)
+    batch, channels, places = (x.shape[0], x.shape[2], x.shape[1]) if channels_last else x.shape
+    out = np.empty((batch, places, channels), np.int8 if qmin < 0 else np.uint8)
+    for b in range(batch):
+        steps = np.clip(np.rint(x[b] / F4(scale)), F4(qmin - zero), F4(qmax - zero)) + F4(zero)
+        out[b] = (steps if channels_last else steps.T).astype(out.dtype)
+    return out

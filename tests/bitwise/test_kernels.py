@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxq.bitwise import layout
-from fxq.bitwise.engine import NUMPY, Engine
+from fxq.bitwise.engine import NUMPY, Engine, engine
 from fxq.errors import FxqError
 from tests.bitwise.kernel_cases import Case, cases, direct, epilogues, fixed_case, pack_codes
 
-ENGINES = [NUMPY]
-engines = pytest.mark.parametrize("engine", ENGINES, ids=lambda e: e.name)
+ENGINES = [NUMPY, engine()]
+engines = pytest.mark.parametrize("engine", ENGINES, ids=[e.name for e in ENGINES])
 
 
 def same(got: Any, want: Any) -> bool:

@@ -1,0 +1,420 @@
+"""The kernels compiled by numba: the functions of :mod:`fxq.bitwise.engine`. They plan a call, describe it and run it. Imported only where numba is."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import sys
+import threading
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numba import cfunc, types
+
+from fxq.bitwise import layout, numba_codes, tiles
+from fxq.bitwise import numba_conv as c
+from fxq.bitwise.layout import AddConstants, Epilogue, Layer, Pair
+from fxq.bitwise.numpy_kernels import result_shape
+from fxq.bitwise.threads import parallel
+
+PATH = tiles.PATH
+Array = np.ndarray[Any, Any]
+WORK = 1 << 18
+"""Bytes that are read for each thread at least."""
+VECTORS = 1 << 15
+"""Vectors of 8 words that a convolution compares for each thread at least: about 15 microseconds."""
+CACHE_BYTES = 192 << 10
+"""Bytes of activations of a unit of work: half of a small second-level cache."""
+KEPT = 16
+"""Plans of a layer, one for each shape of input, that are kept."""
+
+
+def _slow_address(a: Array) -> int:
+    return int(a.__array_interface__["data"][0])
+
+
+def _fast_address(a: Array) -> int:
+    """What numpy's C structure holds behind the object's head: ten times as fast as asking for the interface."""
+    return ctypes.c_void_p.from_address(id(a) + object.__basicsize__).value or 0
+
+
+_SAMPLE = np.arange(3)
+_address = _fast_address if sys.implementation.name == "cpython" and _fast_address(_SAMPLE) == _slow_address(_SAMPLE) else _slow_address
+
+
+class _Kernel:
+    """A kernel, compiled at its first call; afterwards it comes from numba's cache on disk where a folder can be written."""
+
+    def __init__(self, make: Callable[[bool], Any]) -> None:
+        try:
+            self._compiled = make(True)
+        except (RuntimeError, OSError):  # no folder for the cache
+            self._compiled = make(False)
+        self.function, self.address = self._compiled.ctypes, self._compiled.address
+
+    def __call__(self, description: Array, threads: int) -> None:
+        """Run it on a description whose address it gets."""
+        if threads > 1:
+            parallel(self.function, self.address, _address(description), threads)
+        else:
+            self.function(_address(description))
+
+
+@cache
+def source_digest() -> int:
+    """Of the files that the kernels consist of: part of the key of numba's cache, which itself looks at one file only."""
+    here = Path(__file__).parent
+    text = b"".join((here / f"{name}.py").read_bytes() for name in ("tiles", "numba_conv", "numba_codes"))
+    return int.from_bytes(hashlib.sha256(text).digest()[:6], "little")
+
+
+_COMPILE = threading.Lock()
+_KERNELS: dict[Any, _Kernel] = {}
+SIGNATURE = types.void(types.int64)
+
+
+def _kernel(key: Any, make: Callable[[int], Callable[[Any], None]]) -> _Kernel:
+    found = _KERNELS.get(key)
+    if found is None:
+        with _COMPILE:
+            found = _KERNELS.get(key)
+            if found is None:
+                found = _KERNELS[key] = _Kernel(lambda cached: cfunc(SIGNATURE, cache=cached, error_model="numpy")(make(source_digest())))
+    return found
+
+
+def _conv_kernel(planes: int, masked: int) -> _Kernel:
+    def make(digest: int) -> Callable[[Any], None]:
+        def conv_units(d: Any) -> None:
+            if digest != 0:
+                c.run(d, planes, masked)
+
+        return conv_units
+
+    return _kernel(("conv", planes, masked), make)
+
+
+def _pack_kernel(kind: str, planes: int) -> _Kernel:
+    def make(digest: int) -> Callable[[Any], None]:
+        def pack_units(d: Any) -> None:
+            if digest != 0:
+                numba_codes.pack(d, kind, planes)
+
+        return pack_units
+
+    return _kernel((kind, planes), make)
+
+
+def _unpack(digest: int) -> Callable[[Any], None]:
+    def unpack_units(d: Any) -> None:
+        if digest != 0:
+            numba_codes.unpack(d)
+
+    return unpack_units
+
+
+def _max_pool(digest: int) -> Callable[[Any], None]:
+    def max_pool_units(d: Any) -> None:
+        if digest != 0:
+            numba_codes.max_pool(d)
+
+    return max_pool_units
+
+
+def _code_pool(digest: int) -> Callable[[Any], None]:
+    def code_pool_units(d: Any) -> None:
+        if digest != 0:
+            numba_codes.code_pool(d)
+
+    return code_pool_units
+
+
+def _add(digest: int) -> Callable[[Any], None]:
+    def add_units(d: Any) -> None:
+        if digest != 0:
+            numba_codes.add(d)
+
+    return add_units
+
+
+def _table(digest: int) -> Callable[[Any], None]:
+    def table_units(d: Any) -> None:
+        if digest != 0:
+            numba_codes.table(d)
+
+    return table_units
+
+
+def _quantize(digest: int) -> Callable[[Any], None]:
+    def quantize_units(d: Any) -> None:
+        if digest != 0:
+            numba_codes.quantize(d)
+
+    return quantize_units
+
+
+# ---------------------------------------------------------------- convolution
+
+
+class _Scratch(threading.local):
+    """Memory of one calling thread, kept between calls."""
+
+    def __init__(self) -> None:
+        self.memory = np.empty(0, np.uint64)
+
+    def at_least(self, size: int) -> Array:
+        if self.memory.nbytes < size:
+            self.memory = np.empty(-(-size // 8) + 8, np.uint64)
+        return self.memory
+
+
+_SCRATCH = _Scratch()
+
+
+class _Plan:
+    """How a layer runs on inputs of one shape: the description without the addresses of a call."""
+
+    def __init__(self, shape: tuple[int, ...], layer: Layer, threads: int) -> None:
+        planes, batch, h, w, words = shape
+        oh, ow = layer.out_size(h, w)
+        self.size, self.kernel = (batch, oh, ow), _conv_kernel(planes, int(layer.masked))
+        work = batch * oh * ow * len(layer.words) // 8
+        self.threads = min(threads, max(1, work // VECTORS))
+        self.description, self.kept = np.zeros(c.SIZE // 8, np.int64), []
+        self.result: tuple[Any, ...] = (None,)
+        top, bottom, left, right = layer.padding
+        copied, row_classes, column_classes = any(layer.padding), None, None
+        if not copied and layer.taps == 1 and layer.stride == (1, 1):  # a matrix product: every position is a row
+            h, w, oh, ow, batch, one = batch * h * w, 1, batch * oh * ow, 1, 1, True
+        else:
+            one = False
+        if planes == 1:
+            border = layout.borders(layer, shape[2], shape[3])
+            base, row_classes, column_classes = border.base, border.rows, border.columns
+        else:
+            base = np.zeros((1, layer.lanes), np.int32)
+        if planes == 2 or one:
+            row_classes, column_classes = np.zeros(oh, np.int32), np.zeros(ow, np.int32)
+        (kh, kw), (sy, sx), (dy, dx) = layer.kernel, layer.stride, layer.dilation
+        across, extent = (w + left + right) * words, dy * (kh - 1) + 1
+        fit = max(1, (CACHE_BYTES // (8 * across * planes) - extent) // sy + 1)
+        unit_rows, groups = self._split(oh, ow, batch, fit, len(layer.blocks))
+        rows_in = (unit_rows - 1) * sy + extent
+        whole = 1 if dx == 1 else 0
+        row_offsets = [8 * (i * dy * across) for i in range(kh)]
+        if whole and kw * words == across and dy == 1:
+            row_offsets, row_words = [0], kh * kw * words
+        else:
+            row_words = kw * words
+        tap_offsets = [8 * (i * dy * across + j * dx * words) for i in range(kh) for j in range(kw)]
+        sizes = [c.SCRATCH, 8 * unit_rows * ow, 4 * unit_rows * ow, 4 * unit_rows * ow, 4 * rows_in * across // words if planes == 2 else 0]
+        at = np.cumsum([-(-s // 64) * 64 for s in sizes]).tolist()
+        self.scratch = at[-1] + (8 * rows_in * across * planes if copied else 0) + 64
+        self._put(
+            X_IMAGE=8 * h * w * words, HEIGHT=h, WIDTH=w, WORDS=words, COPIED=copied, TOP=top, LEFT=left, ROW=8 * across, EXTENT=extent, STRIDE_Y=sy,
+            STRIDE_X=sx, OUT_H=oh, OUT_W=ow, UNIT_ROWS=unit_rows, ROW_UNITS=-(-oh // unit_rows), GROUPS=-(-len(layer.blocks) // groups), GROUP=groups,
+            SCRATCH_SIZE=self.scratch, TABLE=at[0], CLASS=at[1], COUNT=at[2], BITS=at[3], ROWS=at[4], PLANE=8 * rows_in * across,
+            BLOCKS=layer.blocks, BLOCK_COUNT=len(layer.blocks), WEIGHTS=layer.words, TAPS=layer.taps, ROW_OFFSETS=row_offsets,
+            ROW_SEGMENTS=len(row_offsets) * whole, ROW_WORDS=row_words, TAP_OFFSETS=tap_offsets, PIXEL_OFFSETS=[v // (2 * words) for v in tap_offsets],
+            BASE=base, ROW_CLASS=row_classes, COLUMN_CLASS=column_classes, LANES=layer.lanes, OUTPUTS=layer.outputs,
+        )  # fmt: skip
+        d = self.description
+        d[c.UNITS // 8] = batch * d[c.ROW_UNITS // 8] * d[c.GROUPS // 8]
+
+    def _put(self, **fields: Any) -> None:
+        """Numbers, and the addresses of arrays."""
+        for name, value in fields.items():
+            if isinstance(value, list):
+                value = np.array(value, np.int64)
+            if isinstance(value, np.ndarray):
+                value = np.ascontiguousarray(value)
+                self.kept.append(value)
+                value = _address(value)
+            self.description[getattr(c, name) // 8] = value
+
+    def _split(self, oh: int, ow: int, batch: int, fit: int, blocks: int) -> tuple[int, int]:
+        """Output rows and blocks of output channels of a unit: what fits into the cache, and four units a thread where there are so many."""
+        rows = min(oh, fit, max(1, 4096 // ow))
+        parts, group = -(-oh // rows), blocks
+        if self.threads > 1:
+            wanted = 4 * self.threads
+            if batch * parts < wanted:
+                group = max(1, blocks * batch * parts // wanted)
+            if batch * parts * -(-blocks // group) < wanted:
+                parts = min(oh, max(parts, -(-wanted // (batch * -(-blocks // group)))))
+        return -(-oh // parts), group
+
+
+def _constants(e: Epilogue) -> list[int]:
+    """The epilogue's fields of a description, from ``KIND`` to ``BOUNDS``: addresses of arrays that its cache keeps."""
+    if "numba" not in e.cache:
+        bounds = np.array([e.least, e.most, e.zero], np.float32)
+        e.cache["numba"] = [
+            None if a is None else np.ascontiguousarray(a) for a in (e.hi, e.lo, e.mult, e.bias, e.scale if e.kind != "int32" else e.bias, bounds)
+        ]
+    return [c.KINDS[e.kind], *(0 if a is None else _address(a) for a in e.cache["numba"])]
+
+
+def conv(x: Array, layer: Layer, epilogue: Epilogue, threads: int = 1) -> Array:
+    """Convolution of packed values, see :meth:`fxq.bitwise.engine.Engine.conv`."""
+    key = (x.shape, threads)
+    plan = layer.cache.get(key)
+    if plan is None or x.dtype is not U64 or plan.result[0] is not epilogue:
+        plan = _planned(x, layer, epilogue, threads)
+    _, shape, dtype, blank, fields = plan.result
+    x = np.ascontiguousarray(x)
+    out = np.zeros(shape, dtype) if blank else np.empty(shape, dtype)
+    scratch, d = _SCRATCH.at_least(plan.scratch * plan.threads), plan.description.copy()
+    d[_X], d[_X_PLANE], d[_OUT], d[_SCRATCH_AT] = _address(x), x.nbytes // len(x), _address(out), _address(scratch)
+    d[_FIELDS] = fields
+    plan.kernel(d, plan.threads)
+    return out
+
+
+U64 = np.dtype(np.uint64)
+_X, _X_PLANE, _OUT, _SCRATCH_AT, _FIELDS = c.X // 8, c.X_PLANE // 8, c.OUT // 8, c.SCRATCH_AT // 8, slice(c.OUT_PLANE // 8, c.SIZE // 8)
+
+
+def _planned(x: Array, layer: Layer, e: Epilogue, threads: int) -> _Plan:
+    """The plan of a call, made at the first one of its kind, with what the epilogue needs (that of the last call is kept)."""
+    layout.check_conv(x, layer, e)
+    plan: _Plan | None = layer.cache.get((x.shape, threads))
+    if plan is None:
+        if len(layer.cache) > KEPT:
+            layer.cache.clear()
+        plan = layer.cache[x.shape, threads] = _Plan(x.shape, layer, threads)
+    shape, dtype = result_shape(layer, e, *plan.size)
+    plane = int(np.prod(shape[1:])) * 8 if e.planes else 0
+    row = shape[-1] * np.dtype(dtype).itemsize
+    fields = np.array([plane, row, *_constants(e)], np.int64)
+    plan.result = (e, shape, dtype, bool(e.planes and layer.outputs % 64), fields)
+    return plan
+
+
+# ---------------------------------------------------------------- packing, codes
+
+
+def _share(total: int, amount: int, threads: int, multiple: int = 1) -> tuple[int, int, int]:
+    """Threads, elements of a unit and units for ``total`` elements of ``amount`` bytes of work in all."""
+    threads = min(threads, max(1, amount // WORK))
+    per_unit = max(1, -(-total // (4 * threads if threads > 1 else 1)))
+    per_unit = -(-per_unit // multiple) * multiple
+    return threads, per_unit, -(-total // per_unit)
+
+
+def _call(kernel: _Kernel, threads: int, units: int, *fields: int) -> None:
+    kernel(np.array([0, units, *fields], np.int64), threads)
+
+
+NAMES = {"f": "float32", "B": "uint8", "b": "int8"}
+
+
+def pack(x: Array, lo: float, hi: float, planes: int, channels_last: bool, threads: int = 1) -> Array:
+    """Values against thresholds, see :meth:`fxq.bitwise.engine.Engine.pack`."""
+    layout.check_pack(x, planes)
+    x = np.ascontiguousarray(x)
+    batch, channels, places = (x.shape[0], x.shape[2], x.shape[1]) if channels_last else x.shape
+    channels_last = channels_last or places == 1
+    words = layout.words_of(channels)
+    out = np.empty((planes, batch, places, words), np.uint64)
+    if not out.size:
+        return out
+    if x.dtype.char == "f":
+        bounds = np.array([hi, lo], np.float32)
+    else:
+        bounds = np.clip([np.ceil(hi), np.floor(lo)], -1000, 1000).astype(np.int16)
+    threads, per_unit, parts = _share(places, x.nbytes, threads, 1 if channels_last else numba_codes.STRIP)
+    per_image = parts if channels_last else parts * words
+    _call(
+        _KERNELS.get((NAMES[x.dtype.char], planes)) or _pack_kernel(NAMES[x.dtype.char], planes), threads, batch * per_image, _address(x), x.nbytes // batch, channels, places, int(channels_last),
+        _address(bounds), _address(out), out.nbytes // planes, out.nbytes // planes // batch, per_unit, per_image,
+    )  # fmt: skip
+    return out
+
+
+def unpack(packed: Array, channels: int, threads: int = 1) -> Array:
+    """Codes of packed values, see :meth:`fxq.bitwise.engine.Engine.unpack`."""
+    layout.check_packed(packed, channels)
+    packed = np.ascontiguousarray(packed)
+    out = np.empty((*packed.shape[1:4], channels), np.int8)
+    if not out.size:
+        return out
+    places = out.size // channels
+    threads, per_unit, units = _share(places, out.nbytes, threads)
+    spill = np.empty(64 * units, np.uint8)
+    _call(
+        _kernel("unpack", _unpack), threads, units, _address(packed), packed.strides[0], channels, places, len(packed), _address(out), per_unit,
+        _address(spill),
+    )  # fmt: skip
+    return out
+
+
+def max_pool(
+    packed: Array, channels: int, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair = (1, 1), ceil_mode: bool = False, threads: int = 1
+) -> Array:
+    """Maximum over windows, see :meth:`fxq.bitwise.engine.Engine.max_pool`."""
+    oh, ow = layout.pool_geometry(packed, channels, kernel, stride, padding, dilation, ceil_mode)
+    packed = np.ascontiguousarray(packed)
+    out = np.empty((*packed.shape[:2], oh, ow, packed.shape[4]), np.uint64)
+    geometry = np.array([v[i] for i in (0, 1) for v in (kernel, stride, padding, dilation)], np.int64)
+    threads, _, _ = _share(1, packed.nbytes, threads)
+    _call(
+        _kernel("max_pool", _max_pool), threads, packed.shape[1] * oh, _address(packed), packed.strides[0], packed.shape[4], packed.shape[2], packed.shape[3],
+        oh, ow, _address(geometry), _address(out), out.strides[0], len(packed),
+    )  # fmt: skip
+    return out
+
+
+def code_pool(codes: Array, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair = (1, 1), ceil_mode: bool = False, threads: int = 1) -> Array:
+    """Maximum of codes over windows, see :meth:`fxq.bitwise.engine.Engine.code_pool`."""
+    oh, ow = layout.code_pool_geometry(codes, kernel, stride, padding, dilation, ceil_mode)
+    codes = np.ascontiguousarray(codes)
+    out = np.empty((codes.shape[0], oh, ow, codes.shape[3]), codes.dtype)
+    geometry = np.array([v[i] for i in (0, 1) for v in (kernel, stride, padding, dilation)], np.int64)
+    threads, _, _ = _share(1, codes.nbytes, threads)
+    _call(
+        _kernel("code_pool", _code_pool), threads, codes.shape[0] * oh, _address(codes), 0, codes.shape[3], codes.shape[1], codes.shape[2], oh, ow,
+        _address(geometry), _address(out), int(codes.dtype == np.int8),
+    )  # fmt: skip
+    return out
+
+
+def add(a: Array, b: Array, constants: AddConstants, threads: int = 1) -> Array:
+    """Integer add, see :meth:`fxq.bitwise.engine.Engine.add`."""
+    layout.check_codes(a, b)
+    a, b, k = np.ascontiguousarray(a), np.ascontiguousarray(b), constants
+    out, values = np.empty(a.shape, np.uint8), np.array([k.ra, k.rb, k.fixed, k.least, k.most], np.float32)
+    threads, per_unit, units = _share(a.size, 8 * a.nbytes, threads, 64)
+    spill = np.empty(64 * units, np.uint8)
+    _call(_kernel("add", _add), threads, units, _address(a), _address(b), _address(values), _address(out), a.size, per_unit, _address(spill))
+    return out
+
+
+def table(x: Array, values: Array, threads: int = 1) -> Array:
+    """Table of codes, see :meth:`fxq.bitwise.engine.Engine.table`."""
+    layout.check_codes(x, x)
+    x, values, out = np.ascontiguousarray(x), np.ascontiguousarray(values), np.empty(x.shape, np.uint8)
+    threads, per_unit, units = _share(x.size, 2 * x.nbytes, threads, 64)
+    _call(_kernel("table", _table), threads, units, _address(x), _address(values), 0, _address(out), x.size, per_unit)
+    return out
+
+
+def quantize(x: Array, scale: float, zero: int, qmin: int, qmax: int, channels_last: bool, threads: int = 1) -> Array:
+    """Codes of float values, see :meth:`fxq.bitwise.engine.Engine.quantize`."""
+    layout.check_quantize(x)
+    x = np.ascontiguousarray(x)
+    batch, channels, places = (x.shape[0], x.shape[2], x.shape[1]) if channels_last else x.shape
+    out = np.empty((batch, places, channels), np.int8 if qmin < 0 else np.uint8)
+    constants = np.array([scale, qmin - zero, qmax - zero, zero], np.float32)
+    if channels_last or places == 1 or channels == 1:
+        batch, channels, places = 1, 1, x.size
+    threads, per_unit, parts = _share(places, x.nbytes, threads, 64)
+    spill = np.empty(16 * channels * batch * parts, np.uint8)
+    _call(
+        _kernel("quantize", _quantize), threads, batch * parts, _address(x), 0, _address(constants), _address(out), channels, places, per_unit, parts,
+        _address(spill),
+    )  # fmt: skip
+    return out
