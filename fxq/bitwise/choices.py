@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from fxq import kernels, numerics
 from fxq.backends.reference import Reference, Step
 from fxq.bitwise import code_modules, layers, modules, thresholds
+from fxq.bitwise.pools import is_pool
 from fxq.graph import kind, module_of, shape
 from fxq.modules import WEIGHTED, IndexSelect
 from fxq.spec import QParams
@@ -215,7 +216,10 @@ class Chooser:
 
     def _pulled(self, n: Node) -> bool:
         """A float ReLU, or max pool over rows and columns, whose values are only rounded to 8 bits or less."""
-        if n not in self.ref.islands or type(_module(self.gm, n)) not in (nn.ReLU, nn.MaxPool2d) or len(shape(n)) != 4 or n.kwargs:
+        module = _module(self.gm, n)
+        if n not in self.ref.islands or type(module) not in (nn.ReLU, nn.MaxPool2d) or len(shape(n)) != 4 or n.kwargs:
+            return False
+        if type(module) is nn.MaxPool2d and not is_pool(module):
             return False
         for u in n.users:
             step = self.ref.by_result.get(u)
@@ -233,7 +237,7 @@ class Chooser:
         source = step.operands[0]
         assert isinstance(source, Node)
         rank = RANKS.get(type(step.module))
-        if rank is None or len(shape(source)) != rank + 2 or not self._same(step):
+        if rank is None or len(shape(source)) != rank + 2 or not self._same(step) or not is_pool(step.module):
             return None
         if axis == 1:
             channels = self.channels(step.result, 1)
@@ -255,6 +259,8 @@ class Chooser:
         assert isinstance(source, Node) and isinstance(module, IndexSelect)
         if axis is None or module.dim % len(shape(source)) != axis or not self._same(step):
             return None
+        if module.indices.ndim != 1 or not len(module.indices) or not 0 <= int(module.indices.min()) <= int(module.indices.max()) < shape(source)[axis]:
+            return None
         form = Form("bits", axis)
         way = self._way_to_layer(source, axis)
         if way is not None:
@@ -274,7 +280,7 @@ class Chooser:
                 out, layer = self.out(step), self.layer(step)
                 fits = out is not None and layers.is_bits(out) and isinstance(layer, layers.BitLayer) and layer.groups == 1
                 return way if fits and axis == (len(shape(n)) - 1 if step.kind == "linear" else 1) else None
-            if step.kind != "max_pool" or axis != 1 or not self._same(step) or type(step.module) not in RANKS:
+            if step.kind != "max_pool" or axis != 1 or not self._same(step) or type(step.module) not in RANKS or not is_pool(step.module):
                 return None
             assert isinstance(step.operands[0], Node)
             n = step.operands[0]

@@ -172,7 +172,7 @@ class GlobalPool(nn.Module):
         count = math.prod(x.shape[2:])
         if count * 255 >= EXACT:
             return self.exact(x)  # type: ignore[no-any-return]
-        total = x.to(torch.float32).sum(tuple(range(2, x.ndim)), keepdim=True).sub_(count * self.zero)
+        total = x.movedim(1, -1).flatten(1, -2).to(torch.float32).sum(1).sub_(count * self.zero).reshape(*x.shape[:2], *[1] * (x.ndim - 2))
         return requantized(total, self.scale / (self.unit * count), self.spec, self.out_zero)
 
 

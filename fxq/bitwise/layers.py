@@ -90,6 +90,8 @@ def bit_layer(module: nn.Module, x: QParams) -> BitLayer | str:
     if wq.spec.axis not in (None, 0) or wq.spec.block is not None or wq.spec.bits > 16:
         return f"its weights are on the grid {wq.spec}"
     codes = module.weight_codes().to(torch.int64)
+    if not _is_sound(op, codes):
+        return f"a weight of shape {list(codes.shape)} does not fit {op}"
     whole = codes - numerics.along(wq.zero_point.to(torch.int64), wq.spec.axis, codes.ndim)
     rows = whole.flatten(1)
     mult = rows.abs().amax(1).clamp(min=1)
@@ -104,6 +106,17 @@ def bit_layer(module: nn.Module, x: QParams) -> BitLayer | str:
     weights = torch.sign(whole).to(torch.int8)
     weights = weights[:, :, None, None] if weights.ndim == 2 else weights[:, :, None] if weights.ndim == 3 else weights
     return BitLayer(weights, mult, bias, most, scale, *_geometry(op), PLANES[x.spec.kind])
+
+
+def _is_sound(op: Any, codes: Tensor) -> bool:
+    """The numbers of a layer are such as torch takes."""
+    if 0 in codes.shape:
+        return False
+    if isinstance(op, nn.Linear):
+        return codes.ndim == 2
+    groups, stride, dilation, pads, _, rank = _geometry(op)
+    fits = codes.ndim == rank + 2 and tuple(codes.shape[2:]) == tuple(op.kernel_size) and codes.shape[0] % max(groups, 1) == 0
+    return fits and min(groups, *stride, *dilation) >= 1 and min(pads) >= 0
 
 
 def _geometry(op: Any) -> tuple[int, tuple[int, int], tuple[int, int], tuple[int, int, int, int], bool, int]:

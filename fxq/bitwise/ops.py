@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,28 @@ from torch import Tensor
 from fxq.bitwise import layout
 from fxq.bitwise.engine import engine
 from fxq.bitwise.layout import AddConstants, Epilogue, Layer, words_of
+from fxq.errors import FxqError
 
 Array = np.ndarray[Any, Any]
 LINEAR, CONV1D, CONV2D, FLATTEN = range(4)
 """Modes of :func:`bit_conv`: a linear layer, the convolutions, a linear layer behind a flatten of ``[B, C, H, W]`` as a convolution."""
+
+_LIBRARY: Any = torch.library.Library("fxq", "FRAGMENT")  # type: ignore[no-untyped-call]
+"""``torch.library.custom_op`` does the same in more layers of Python, which cost 5 us a call: as much as a small kernel."""
+
+
+def _operator(fn: Callable[..., Tensor]) -> Any:
+    """Register ``torch.ops.fxq.<name>`` for the CPU and return it."""
+    name = fn.__name__
+    _LIBRARY.define(name + torch.library.infer_schema(fn, mutates_args=()))
+    _LIBRARY.impl(name, fn, "CPU")
+    return getattr(torch.ops.fxq, name).default
+
+
+def _meta(op: Any) -> Callable[[Callable[..., Tensor]], None]:
+    """Register what an operator says of its result before it runs."""
+    return lambda fn: torch.library.register_fake(op._schema.name, fn, lib=_LIBRARY) and None
+
 
 _made: dict[int, tuple[Any, Any, Layer, Epilogue]] = {}
 """By the identity of a layer's words: weak references to its words and first table, and what the engine reads (with its caches)."""
@@ -95,7 +113,7 @@ def _as_5d(x: Tensor, mode: int) -> tuple[Tensor, list[int]]:
     return (x.unsqueeze(2) if mode == CONV1D else x), [x.shape[1]]
 
 
-@torch.library.custom_op("fxq::bit_conv", mutates_args=())
+@_operator
 def bit_conv(x: Tensor, words: Tensor, blocks: Tensor, geometry: Sequence[int], kind: str, tables: Sequence[Tensor], numbers: Sequence[float]) -> Tensor:
     """Convolution or linear layer on packed values.
 
@@ -116,7 +134,7 @@ def bit_conv(x: Tensor, words: Tensor, blocks: Tensor, geometry: Sequence[int], 
     return _packed(_tensor(y), geometry[0], lead) if epilogue.planes else _channels_last(torch.from_numpy(y), geometry[0], lead)
 
 
-@bit_conv.register_fake
+@_meta(bit_conv)
 def _(x: Tensor, words: Tensor, blocks: Tensor, geometry: Sequence[int], kind: str, tables: Sequence[Tensor], numbers: Sequence[float]) -> Tensor:
     five, lead = _as_5d(x, geometry[0])
     oh, ow = _out_size(geometry, five.shape[2], five.shape[3])
@@ -134,7 +152,7 @@ def _is_channels_last(x: Tensor) -> bool:
     return x.movedim(1, -1).is_contiguous()
 
 
-@torch.library.custom_op("fxq::pack", mutates_args=())
+@_operator
 def pack(x: Tensor, lo: float, hi: float, planes: int, axis: int) -> Tensor:
     """Bits of float32 values or 8-bit codes: plane 0 is ``x >= hi``, plane 1 (of two) ``x >= hi`` or ``x <= lo``; channels along ``axis`` (1 or the last)."""
     x = x.detach()
@@ -147,13 +165,13 @@ def pack(x: Tensor, lo: float, hi: float, planes: int, axis: int) -> Tensor:
     return _tensor(y).reshape(planes, *lead, y.shape[-1])
 
 
-@pack.register_fake
+@_meta(pack)
 def _(x: Tensor, lo: float, hi: float, planes: int, axis: int) -> Tensor:
     lead = [s for d, s in enumerate(x.shape) if d != axis]
     return x.new_empty(planes, *lead, words_of(x.shape[axis]), dtype=torch.int64)
 
 
-@torch.library.custom_op("fxq::unpack", mutates_args=())
+@_operator
 def unpack(x: Tensor, channels: int, axis: int) -> Tensor:
     """int8 codes -1 and 1, or -1, 0 and 1, of packed values; channels come to ``axis`` (1 or the last)."""
     lead = list(x.shape[1:-1])
@@ -161,7 +179,7 @@ def unpack(x: Tensor, channels: int, axis: int) -> Tensor:
     return torch.from_numpy(y).reshape(*lead, channels).movedim(-1, axis)
 
 
-@unpack.register_fake
+@_meta(unpack)
 def _(x: Tensor, channels: int, axis: int) -> Tensor:
     return x.new_empty(*x.shape[1:-1], channels, dtype=torch.int8).movedim(-1, axis)
 
@@ -169,7 +187,7 @@ def _(x: Tensor, channels: int, axis: int) -> Tensor:
 # ---------------------------------------------------------------- pooling
 
 
-@torch.library.custom_op("fxq::bit_max_pool", mutates_args=())
+@_operator
 def bit_max_pool(
     x: Tensor, channels: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], ceil_mode: bool
 ) -> Tensor:
@@ -180,14 +198,14 @@ def bit_max_pool(
     return _tensor(y).squeeze(2) if flat else _tensor(y)
 
 
-@bit_max_pool.register_fake
+@_meta(bit_max_pool)
 def _(x: Tensor, channels: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], ceil_mode: bool) -> Tensor:
     sizes = [1, x.shape[2]] if x.ndim == 4 else list(x.shape[2:4])
     out = [layout.pool_size(sizes[i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1)]
     return x.new_empty(x.shape[0], x.shape[1], *(out[1:] if x.ndim == 4 else out), x.shape[-1])
 
 
-@torch.library.custom_op("fxq::code_max_pool", mutates_args=())
+@_operator
 def code_max_pool(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], ceil_mode: bool) -> Tensor:
     """Maximum over windows of 8-bit codes ``[B, C, H, W]``; padding takes no part."""
     k, s, p, d = ((v[0], v[1]) for v in (kernel, stride, padding, dilation))
@@ -195,7 +213,7 @@ def code_max_pool(x: Tensor, kernel: Sequence[int], stride: Sequence[int], paddi
     return torch.from_numpy(y).permute(0, 3, 1, 2)
 
 
-@code_max_pool.register_fake
+@_meta(code_max_pool)
 def _(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], ceil_mode: bool) -> Tensor:
     out = [layout.pool_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1)]
     return x.new_empty(x.shape[0], *out, x.shape[1]).movedim(-1, 1)
@@ -204,13 +222,15 @@ def _(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence
 # ---------------------------------------------------------------- channels of packed values
 
 
-@torch.library.custom_op("fxq::bit_cat", mutates_args=())
+@_operator
 def bit_cat(xs: Sequence[Tensor], channels: Sequence[int]) -> Tensor:
     """Packed values of ``channels`` each, one behind the other along the channels."""
     lead = xs[0].shape[:-1]
     out = np.zeros((*lead, words_of(sum(channels))), np.uint64)
     start = 0
     for x, count in zip(xs, channels, strict=True):
+        if x.shape[-1] != words_of(count) or x.shape[:-1] != lead:
+            raise FxqError(f"packed values of shape {list(x.shape)} do not join {count} channels of {list(lead)}", way_out="Pass parts of one size")
         word, shift = divmod(start, layout.WORD)
         bits = _bits(x)
         out[..., word : word + bits.shape[-1]] |= bits << np.uint64(shift)
@@ -221,20 +241,21 @@ def bit_cat(xs: Sequence[Tensor], channels: Sequence[int]) -> Tensor:
     return _tensor(out)
 
 
-@bit_cat.register_fake
+@_meta(bit_cat)
 def _(xs: Sequence[Tensor], channels: Sequence[int]) -> Tensor:
     return xs[0].new_empty(*xs[0].shape[:-1], words_of(sum(channels)))
 
 
-@torch.library.custom_op("fxq::bit_select", mutates_args=())
+@_operator
 def bit_select(x: Tensor, channels: int, indices: Tensor) -> Tensor:
     """Channels ``indices`` of packed values of ``channels``."""
-    a = _bits(x)
-    bits = layout.unpack_bits(a, channels)
+    if x.shape[-1] != words_of(channels):
+        raise FxqError(f"packed values of shape {list(x.shape)} do not hold {channels} channels", way_out="Pass one bit a channel")
+    bits = layout.unpack_bits(_bits(x), channels)
     return _tensor(layout.pack_bits(np.take(bits, indices.numpy(), axis=-1)))
 
 
-@bit_select.register_fake
+@_meta(bit_select)
 def _(x: Tensor, channels: int, indices: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], words_of(indices.shape[0]))
 
@@ -242,7 +263,7 @@ def _(x: Tensor, channels: int, indices: Tensor) -> Tensor:
 # ---------------------------------------------------------------- 8-bit codes
 
 
-@torch.library.custom_op("fxq::code_add", mutates_args=())
+@_operator
 def code_add(a: Tensor, b: Tensor, ra: float, rb: float, fixed: float, most: int) -> Tensor:
     """The integer add of :func:`fxq.kernels.add` on uint8 codes of one shape, whose least code is 0."""
     if a.ndim == 4:
@@ -252,14 +273,14 @@ def code_add(a: Tensor, b: Tensor, ra: float, rb: float, fixed: float, most: int
     return out.permute(0, 3, 1, 2) if a.ndim == 4 else out
 
 
-@code_add.register_fake
+@_meta(code_add)
 def _(a: Tensor, b: Tensor, ra: float, rb: float, fixed: float, most: int) -> Tensor:
     if a.ndim == 4:
         return a.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2).clone()
     return a.contiguous().clone()
 
 
-@torch.library.custom_op("fxq::code_table", mutates_args=())
+@_operator
 def code_table(x: Tensor, values: Tensor) -> Tensor:
     """``values[x]``: uint8 codes through a table of 256 entries, uint8; the result lies in memory as ``x``."""
     if x.ndim == 4:
@@ -268,14 +289,14 @@ def code_table(x: Tensor, values: Tensor) -> Tensor:
     return y.permute(0, 3, 1, 2) if x.ndim == 4 else y
 
 
-@code_table.register_fake
+@_meta(code_table)
 def _(x: Tensor, values: Tensor) -> Tensor:
     if x.ndim == 4:
         return torch.empty_like(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
     return torch.empty_like(x.contiguous())
 
 
-@torch.library.custom_op("fxq::quantize", mutates_args=())
+@_operator
 def quantize(x: Tensor, scale: float, zero: int, qmin: int, qmax: int) -> Tensor:
     """Codes of float32 values on a grid of 8 bits or less with one scale (:func:`fxq.numerics.quantize`); of four dimensions channels last in memory."""
     x = x.detach()
@@ -288,7 +309,7 @@ def quantize(x: Tensor, scale: float, zero: int, qmin: int, qmax: int) -> Tensor
     return y.reshape(x.shape[0], x.shape[2], x.shape[3], x.shape[1]).permute(0, 3, 1, 2) if x.ndim == 4 else y.reshape(x.shape)
 
 
-@quantize.register_fake
+@_meta(quantize)
 def _(x: Tensor, scale: float, zero: int, qmin: int, qmax: int) -> Tensor:
     dtype = torch.int8 if qmin < 0 else torch.uint8
     if x.ndim == 4:

@@ -186,11 +186,12 @@ def test_pools_in_front_of_a_float_value_go_behind_its_rounding() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.stem, self.bn = nn.Conv2d(3, 16, 7, 2, 3), nn.BatchNorm2d(16)
-            self.a, self.b, self.fc = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 4, 1)
+            self.a, self.b, self.c = (nn.Conv2d(16, 16, 3, padding=1) for _ in range(3))
+            self.fc = nn.Conv2d(16, 4, 1)
 
         def forward(self, x: Tensor) -> Tensor:
             x = F.max_pool2d(F.relu(self.bn(self.stem(x))), 3, 2, 1)
-            return self.fc(F.relu(x + self.b(F.relu(self.a(x)))))  # type: ignore[no-any-return]
+            return self.fc(F.relu(self.c(F.relu(x + self.b(F.relu(self.a(x)))))))  # type: ignore[no-any-return]
 
     for scheme in ("xnor_w1a1", "tbn_w1at"):
         m = made(Stem(), scheme, side=33)
