@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fxq
+from fxq import zoo
 from fxq.backends.reference import Reference
 from fxq.bitwise.program import BitProgram
 from fxq.exposed import Exposed
@@ -107,6 +108,17 @@ def test_random_forms_agree(seed: int) -> None:
     assert agreeing(m, list(batches(1, 2, seed=seed))) >= 3
     proof = m.verify(m.lower("bitwise"), list(batches(1, 2, 10, seed=seed + 1)))
     assert proof.ok and proof.hidden_differ == 0, str(proof)
+
+
+@pytest.mark.parametrize(("name", "scheme"), [("nin_gc", "tbn_w1at"), ("resnet20", "xnor_w1a1"), ("ds_cnn", "twn_wta1")])
+def test_nets_of_the_zoo_agree(name: str, scheme: str) -> None:
+    """Groups with shuffles, shortcuts by slices and padding of channels, depthwise layers."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 1, 49, 10) if name == "ds_cnn" else torch.randn(2, 3, 32, 32)
+    m = fxq.compile(randomized(zoo.build(name)), SCHEMES[scheme], calibration=[x], target="bitwise", progress=False)
+    for artifact in (m.lower("bitwise"), m.lower()):
+        proof = m.verify(artifact, [x])
+        assert proof.ok and proof.hidden_differ == 0 and proof.missing == () and proof.nodes == proof.planned >= 10, str(proof)
 
 
 def test_the_comparison_sees_a_wrong_code() -> None:

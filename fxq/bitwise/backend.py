@@ -15,7 +15,6 @@ from fxq.lowering import Artifact, Issue
 from fxq.schemes import Scheme
 from fxq.targets import Target
 
-
 WAY_OUT = "Compile it with a scheme of binary or ternary weights and inputs: xnor_w1a1, bnn_w1a1, twn_wta1 or tbn_w1at"
 
 
