@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from fxq import kernels, numerics
 from fxq.backends.reference import Reference, Step
-from fxq.bitwise import code_modules, layers, modules, thresholds
+from fxq.bitwise import code_modules, int8_layers, layers, modules, thresholds
 from fxq.bitwise.pools import is_pool
 from fxq.graph import kind, module_of, shape
 from fxq.modules import WEIGHTED, IndexSelect
@@ -144,11 +144,14 @@ class Chooser:
         return Choice(CODES, [(a, CODES) for a in sources], [lambda: code_modules.Mover(copy.deepcopy(step.module).eval(), floats, fill, index)])
 
     def _exactly(self, step: Step) -> Choice:
-        """On codes: weighted layers by float32 sums of integers, everything else as the reference runs it."""
-        if step.kind in ("conv", "linear") and isinstance(step.operands[0], Node):
-            parts = code_modules.parts_of(step.module, self.grid(step.operands[0]))
+        """On codes: weighted layers by the runtime's kernel or by float32 sums of integers, everything else as the reference runs it."""
+        if step.kind in ("conv", "linear") and isinstance(step.operands[0], Node) and layers.is_sound(step.module):
+            source, grid, out = step.operands[0], self.grid(step.operands[0]), self.out(step)
+            parts = code_modules.parts_of(step.module, grid)
+            if int8_layers.takes(step.module, grid, out):
+                return Choice(FLOAT if step.gives_float else CODES, [(source, CODES)], [_maker(int8_layers.Int8Layer, step.module, grid, out)])
             if parts is not None:
-                source, made = step.operands[0], _maker(code_modules.IntegerLayer, step.module, self.grid(step.operands[0]), self.out(step), parts)
+                made = _maker(code_modules.IntegerLayer, step.module, grid, out, parts)
                 return Choice(FLOAT if step.gives_float else CODES, [(source, CODES)], [made])
         return Choice(FLOAT if step.gives_float else CODES, [(n, CODES) for n in step.operands if isinstance(n, Node)], [lambda: self._codes_op(step)])
 
