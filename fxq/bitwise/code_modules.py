@@ -67,7 +67,7 @@ class Real(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         if self.zero is None:
             return numerics.dequantize(codes, self.grid).contiguous()
-        return codes.to(torch.float32).sub_(self.zero).mul_(self.scale).contiguous()
+        return codes.contiguous().to(torch.float32, copy=True).sub_(self.zero).mul_(self.scale)
 
     def extra_repr(self) -> str:
         return str(self.grid)

@@ -90,7 +90,7 @@ def bit_layer(module: nn.Module, x: QParams) -> BitLayer | str:
     if wq.spec.axis not in (None, 0) or wq.spec.block is not None or wq.spec.bits > 16:
         return f"its weights are on the grid {wq.spec}"
     codes = module.weight_codes().to(torch.int64)
-    if not _is_sound(op, codes):
+    if not is_sound(module):
         return f"a weight of shape {list(codes.shape)} does not fit {op}"
     whole = codes - numerics.along(wq.zero_point.to(torch.int64), wq.spec.axis, codes.ndim)
     rows = whole.flatten(1)
@@ -108,15 +108,18 @@ def bit_layer(module: nn.Module, x: QParams) -> BitLayer | str:
     return BitLayer(weights, mult, bias, most, scale, *_geometry(op), PLANES[x.spec.kind])
 
 
-def _is_sound(op: Any, codes: Tensor) -> bool:
-    """The numbers of a layer are such as torch takes."""
-    if 0 in codes.shape:
+def is_sound(module: nn.Module) -> bool:
+    """The numbers of a conv or linear layer are such as torch takes (those of a file may be others)."""
+    op: Any = module.op if isinstance(module, Quantized) else module
+    shape = tuple(op.weight.shape)
+    if 0 in shape or (op.bias is not None and tuple(op.bias.shape) != shape[:1]):
         return False
     if isinstance(op, nn.Linear):
-        return codes.ndim == 2
-    groups, stride, dilation, pads, _, rank = _geometry(op)
-    fits = codes.ndim == rank + 2 and tuple(codes.shape[2:]) == tuple(op.kernel_size) and codes.shape[0] % max(groups, 1) == 0
-    return fits and min(groups, *stride, *dilation) >= 1 and min(pads) >= 0
+        return len(shape) == 2
+    pads = [p for pair in conv_pads(op) for p in pair]
+    rank = len(op.kernel_size)
+    fits = len(shape) == rank + 2 and shape[2:] == tuple(op.kernel_size) and len(op.stride) == len(op.dilation) == rank == len(pads) // 2
+    return bool(fits and min(op.groups, *op.stride, *op.dilation) >= 1 and min(pads) >= 0 and shape[0] % op.groups == 0)
 
 
 def _geometry(op: Any) -> tuple[int, tuple[int, int], tuple[int, int], tuple[int, int, int, int], bool, int]:

@@ -25,22 +25,34 @@ LINEAR, CONV1D, CONV2D, FLATTEN = range(4)
 """Modes of :func:`bit_conv`: a linear layer, the convolutions, a linear layer behind a flatten of ``[B, C, H, W]`` as a convolution."""
 
 _LIBRARY: Any = torch.library.Library("fxq", "FRAGMENT")  # type: ignore[no-untyped-call]
-"""``torch.library.custom_op`` does the same in more layers of Python, which cost 5 us a call: as much as a small kernel."""
+"""``torch.library.custom_op`` does the same in more layers of Python."""
 
 
-def _operator(fn: Callable[..., Tensor]) -> Any:
-    """Register ``torch.ops.fxq.<name>`` for the CPU and return it."""
-    name = fn.__name__
-    _LIBRARY.define(name + torch.library.infer_schema(fn, mutates_args=()))
-    _LIBRARY.impl(name, fn, "CPU")
-    return getattr(torch.ops.fxq, name).default
+class Operator:
+    """``torch.ops.fxq.<name>``: called by way of torch's dispatcher where somebody watches (compiler, export, tracer, profiler), else directly.
+
+    Attributes:
+        op: the operator of torch. run: its kernel.
+    """
+
+    def __init__(self, fn: Callable[..., Tensor]) -> None:
+        name = fn.__name__
+        _LIBRARY.define(name + torch.library.infer_schema(fn, mutates_args=()))
+        _LIBRARY.impl(name, fn, "CPU")
+        self.op, self.run = getattr(torch.ops.fxq, name).default, fn
+
+    def __call__(self, *args: Any) -> Tensor:
+        watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._autograd._profiler_enabled()
+        return self.op(*args) if watched else self.run(*args)
 
 
-def _meta(op: Any) -> Callable[[Callable[..., Tensor]], None]:
+def _meta(made: Operator) -> Callable[[Callable[..., Tensor]], None]:
     """Register what an operator says of its result before it runs."""
-    return lambda fn: torch.library.register_fake(op._schema.name, fn, lib=_LIBRARY) and None
+    return lambda fn: torch.library.register_fake(made.op._schema.name, fn, lib=_LIBRARY) and None
 
 
+_orders: dict[int, tuple[Any, Array]] = {}
+"""By the identity of :func:`bit_select`'s indices: a weak reference to them, and their tables."""
 _made: dict[int, tuple[Any, Any, Layer, Epilogue]] = {}
 """By the identity of a layer's words: weak references to its words and first table, and what the engine reads (with its caches)."""
 
@@ -79,7 +91,22 @@ def _prepared(words: Tensor, blocks: Tensor, geometry: Sequence[int], kind: str,
 
 
 def _bits(x: Tensor) -> Array:
-    return x.contiguous().numpy().view(np.uint64)
+    return _ordered(x.numpy()).view(np.uint64)
+
+
+def _ordered(a: Array) -> Array:
+    return a if a.flags.c_contiguous else np.ascontiguousarray(a)
+
+
+def _places(x: Tensor) -> Array:
+    """Codes as the engine takes them: channels last where they have four dimensions."""
+    a = x.numpy()
+    return _ordered(a.transpose(0, 2, 3, 1) if a.ndim == 4 else a)
+
+
+def _codes(y: Array) -> Tensor:
+    """The inverse of :func:`_places`."""
+    return torch.from_numpy(y.transpose(0, 3, 1, 2) if y.ndim == 4 else y)
 
 
 def _tensor(packed: Array) -> Tensor:
@@ -110,10 +137,10 @@ def _as_5d(x: Tensor, mode: int) -> tuple[Tensor, list[int]]:
     if mode == LINEAR:
         lead = list(x.shape[1:-1])
         return x.reshape(x.shape[0], 1, 1, math.prod(lead), x.shape[-1]), lead
-    return (x.unsqueeze(2) if mode == CONV1D else x), [x.shape[1]]
+    return (x.unsqueeze(2) if mode == CONV1D or x.ndim == 4 else x), [x.shape[1]]  # a flatten may join one dimension alone
 
 
-@_operator
+@Operator
 def bit_conv(x: Tensor, words: Tensor, blocks: Tensor, geometry: Sequence[int], kind: str, tables: Sequence[Tensor], numbers: Sequence[float]) -> Tensor:
     """Convolution or linear layer on packed values.
 
@@ -131,7 +158,9 @@ def bit_conv(x: Tensor, words: Tensor, blocks: Tensor, geometry: Sequence[int], 
     layer, epilogue = _prepared(words, blocks, geometry, kind, tables, numbers)
     five, lead = _as_5d(x, geometry[0])
     y = engine().conv(_bits(five), layer, epilogue, torch.get_num_threads())
-    return _packed(_tensor(y), geometry[0], lead) if epilogue.planes else _channels_last(torch.from_numpy(y), geometry[0], lead)
+    if epilogue.planes:
+        return _packed(_tensor(y), geometry[0], lead)
+    return _codes(y) if geometry[0] == CONV2D else _channels_last(torch.from_numpy(y), geometry[0], lead)
 
 
 @_meta(bit_conv)
@@ -148,21 +177,23 @@ def _(x: Tensor, words: Tensor, blocks: Tensor, geometry: Sequence[int], kind: s
 # ---------------------------------------------------------------- bits of values, and back
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    return x.movedim(1, -1).is_contiguous()
+def _rows(a: Array, axis: int) -> tuple[Array, bool, tuple[int, ...]]:
+    """Values as ``[B, S, C]``, or ``[B, C, S]`` where they lie so in memory: ``(values, channels are last, sizes but the channels)``."""
+    if axis == a.ndim - 1:
+        return _ordered(a).reshape(1, -1, a.shape[-1]), True, a.shape[:-1]
+    lead = (a.shape[0], *a.shape[2:])
+    turned = a.transpose(0, *range(2, a.ndim), 1)
+    if turned.flags.c_contiguous:
+        return turned.reshape(a.shape[0], -1, a.shape[1]), True, lead
+    return _ordered(a).reshape(a.shape[0], a.shape[1], -1), False, lead
 
 
-@_operator
+@Operator
 def pack(x: Tensor, lo: float, hi: float, planes: int, axis: int) -> Tensor:
     """Bits of float32 values or 8-bit codes: plane 0 is ``x >= hi``, plane 1 (of two) ``x >= hi`` or ``x <= lo``; channels along ``axis`` (1 or the last)."""
-    x = x.detach()
-    if axis == x.ndim - 1:
-        three, last, lead = x.contiguous().reshape(1, -1, x.shape[-1]), True, list(x.shape[:-1])
-    else:
-        last, lead = _is_channels_last(x), [x.shape[0], *x.shape[2:]]
-        three = x.movedim(1, -1).reshape(x.shape[0], -1, x.shape[1]) if last else x.contiguous().reshape(x.shape[0], x.shape[1], -1)
-    y = engine().pack(three.numpy(), lo, hi, planes, last, torch.get_num_threads())
-    return _tensor(y).reshape(planes, *lead, y.shape[-1])
+    a, last, lead = _rows(x.detach().numpy(), axis)
+    y = engine().pack(a, lo, hi, planes, last, torch.get_num_threads())
+    return _tensor(y.reshape(planes, *lead, y.shape[-1]))
 
 
 @_meta(pack)
@@ -171,7 +202,7 @@ def _(x: Tensor, lo: float, hi: float, planes: int, axis: int) -> Tensor:
     return x.new_empty(planes, *lead, words_of(x.shape[axis]), dtype=torch.int64)
 
 
-@_operator
+@Operator
 def unpack(x: Tensor, channels: int, axis: int) -> Tensor:
     """int8 codes -1 and 1, or -1, 0 and 1, of packed values; channels come to ``axis`` (1 or the last)."""
     lead = list(x.shape[1:-1])
@@ -187,7 +218,7 @@ def _(x: Tensor, channels: int, axis: int) -> Tensor:
 # ---------------------------------------------------------------- pooling
 
 
-@_operator
+@Operator
 def bit_max_pool(
     x: Tensor, channels: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], ceil_mode: bool
 ) -> Tensor:
@@ -205,12 +236,11 @@ def _(x: Tensor, channels: int, kernel: Sequence[int], stride: Sequence[int], pa
     return x.new_empty(x.shape[0], x.shape[1], *(out[1:] if x.ndim == 4 else out), x.shape[-1])
 
 
-@_operator
+@Operator
 def code_max_pool(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], ceil_mode: bool) -> Tensor:
     """Maximum over windows of 8-bit codes ``[B, C, H, W]``; padding takes no part."""
     k, s, p, d = ((v[0], v[1]) for v in (kernel, stride, padding, dilation))
-    y = engine().code_pool(x.permute(0, 2, 3, 1).contiguous().numpy(), k, s, p, d, ceil_mode, torch.get_num_threads())
-    return torch.from_numpy(y).permute(0, 3, 1, 2)
+    return _codes(engine().code_pool(_places(x), k, s, p, d, ceil_mode, torch.get_num_threads()))
 
 
 @_meta(code_max_pool)
@@ -222,7 +252,7 @@ def _(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence
 # ---------------------------------------------------------------- channels of packed values
 
 
-@_operator
+@Operator
 def bit_cat(xs: Sequence[Tensor], channels: Sequence[int]) -> Tensor:
     """Packed values of ``channels`` each, one behind the other along the channels."""
     lead = xs[0].shape[:-1]
@@ -246,13 +276,30 @@ def _(xs: Sequence[Tensor], channels: Sequence[int]) -> Tensor:
     return xs[0].new_empty(*xs[0].shape[:-1], words_of(sum(channels)))
 
 
-@_operator
+@Operator
 def bit_select(x: Tensor, channels: int, indices: Tensor) -> Tensor:
     """Channels ``indices`` of packed values of ``channels``."""
     if x.shape[-1] != words_of(channels):
         raise FxqError(f"packed values of shape {list(x.shape)} do not hold {channels} channels", way_out="Pass one bit a channel")
+    if engine().name == "numba":
+        return _tensor(_selected(_bits(x), channels, indices))
     bits = layout.unpack_bits(_bits(x), channels)
     return _tensor(layout.pack_bits(np.take(bits, indices.numpy(), axis=-1)))
+
+
+def _selected(x: Array, channels: int, indices: Tensor) -> Array:
+    from fxq.bitwise import numba_select
+
+    key, words = id(indices), words_of(len(indices))
+    found = _orders.get(key)
+    if found is None or found[0]() is not indices:
+        if int(indices.min()) < 0 or int(indices.max()) >= channels:
+            raise IndexError(f"there are {channels} channels")
+        found = weakref.ref(indices, lambda _: _orders.pop(key, None)), numba_select.tables(channels, indices.numpy())
+        _orders[key] = found
+    out = np.empty((x.size // x.shape[-1], found[1].shape[2]), np.uint64)
+    numba_select.select(x.reshape(len(out), -1), found[1], out)
+    return _ordered(out[:, :words]).reshape(*x.shape[:-1], words)
 
 
 @_meta(bit_select)
@@ -263,14 +310,10 @@ def _(x: Tensor, channels: int, indices: Tensor) -> Tensor:
 # ---------------------------------------------------------------- 8-bit codes
 
 
-@_operator
+@Operator
 def code_add(a: Tensor, b: Tensor, ra: float, rb: float, fixed: float, most: int) -> Tensor:
     """The integer add of :func:`fxq.kernels.add` on uint8 codes of one shape, whose least code is 0."""
-    if a.ndim == 4:
-        a, b = (v.permute(0, 2, 3, 1).contiguous() for v in (a, b))
-    y = engine().add(a.contiguous().numpy(), b.contiguous().numpy(), AddConstants(ra, rb, fixed, 0, most), torch.get_num_threads())
-    out = torch.from_numpy(y)
-    return out.permute(0, 3, 1, 2) if a.ndim == 4 else out
+    return _codes(engine().add(_places(a), _places(b), AddConstants(ra, rb, fixed, 0, most), torch.get_num_threads()))
 
 
 @_meta(code_add)
@@ -280,13 +323,10 @@ def _(a: Tensor, b: Tensor, ra: float, rb: float, fixed: float, most: int) -> Te
     return a.contiguous().clone()
 
 
-@_operator
+@Operator
 def code_table(x: Tensor, values: Tensor) -> Tensor:
     """``values[x]``: uint8 codes through a table of 256 entries, uint8; the result lies in memory as ``x``."""
-    if x.ndim == 4:
-        x = x.permute(0, 2, 3, 1)
-    y = torch.from_numpy(engine().table(x.contiguous().numpy(), values.numpy(), torch.get_num_threads()))
-    return y.permute(0, 3, 1, 2) if x.ndim == 4 else y
+    return _codes(engine().table(_places(x), values.numpy(), torch.get_num_threads()))
 
 
 @_meta(code_table)
@@ -296,17 +336,13 @@ def _(x: Tensor, values: Tensor) -> Tensor:
     return torch.empty_like(x.contiguous())
 
 
-@_operator
+@Operator
 def quantize(x: Tensor, scale: float, zero: int, qmin: int, qmax: int) -> Tensor:
     """Codes of float32 values on a grid of 8 bits or less with one scale (:func:`fxq.numerics.quantize`); of four dimensions channels last in memory."""
-    x = x.detach()
-    if x.ndim == 4:
-        last = _is_channels_last(x)
-        three = x.permute(0, 2, 3, 1).flatten(1, 2) if last else x.contiguous().flatten(2)
-    else:
-        last, three = True, x.contiguous().reshape(1, 1, -1)
-    y = torch.from_numpy(engine().quantize(three.numpy(), scale, zero, qmin, qmax, last, torch.get_num_threads()))
-    return y.reshape(x.shape[0], x.shape[2], x.shape[3], x.shape[1]).permute(0, 3, 1, 2) if x.ndim == 4 else y.reshape(x.shape)
+    a = x.detach().numpy()
+    rows, last, lead = _rows(a, 1) if a.ndim == 4 else (_ordered(a).reshape(1, 1, -1), True, ())
+    y = engine().quantize(rows, scale, zero, qmin, qmax, last, torch.get_num_threads())
+    return _codes(y.reshape(*lead, a.shape[1])) if a.ndim == 4 else torch.from_numpy(y.reshape(a.shape))
 
 
 @_meta(quantize)

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from fxq.bitwise import lowered, ops
 from fxq.bitwise.engine import engine
 from fxq.bitwise.lowered import Lowered, Value
+from fxq.bitwise.runner import Runner
 from fxq.errors import FxqError, LoweringError
 
 
@@ -120,6 +121,7 @@ class BitProgram(nn.Module):
         self._values, self._reasons = found.values, found.reasons
         self._paths = {path: name for name, made in found.layers.items() for path, m in found.graph_module.named_modules() if m is made}
         self._inputs = sum(n.op == "placeholder" for n in self.graph_module.graph.nodes)
+        self._runner: Runner | None = None
         super().train(False)
 
     def forward(self, *inputs: Any) -> Any:
@@ -130,7 +132,11 @@ class BitProgram(nn.Module):
         """
         self._check(inputs)
         with torch.no_grad():
-            return self.graph_module(*inputs)
+            if torch.compiler.is_compiling():
+                return self.graph_module(*inputs)
+            if self._runner is None:
+                self._runner = Runner(self.graph_module)
+            return self._runner(*inputs)
 
     def _check(self, inputs: tuple[Any, ...]) -> None:
         if len(inputs) != self._inputs or not all(isinstance(x, Tensor) for x in tree_leaves(inputs)):
@@ -197,7 +203,7 @@ class BitProgram(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> BitProgram:
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        new.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items()})
+        new.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k != "_runner"}, _runner=None)
         return new
 
     def extra_repr(self) -> str:

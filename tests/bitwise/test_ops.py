@@ -45,7 +45,7 @@ def test_what_layers_say_of_their_results(linear: bool, rank: int, shape: tuple[
     m, axis = layer(linear, rank, kind), len(shape) - 1 if linear else 1
     x = packed(codes(*shape), 1, axis)
     args = (x, m.words, m.blocks, m.geometry, m.gives, [m.get_buffer(f"table_{i}") for i in range(m.count)], m.numbers)
-    torch.library.opcheck(ops.bit_conv, args, test_utils=CHECKS)  # type: ignore[arg-type]
+    torch.library.opcheck(ops.bit_conv.op, args, test_utils=CHECKS)  # type: ignore[arg-type]
     y = m(x)
     real, w = codes(*shape).float(), codes(70, 66, *([3, 3] if rank == 2 else [1, 3] if rank else [1, 1]), planes=2).float()
     dot = F.linear(real, w[:, :, 0, 0]) if linear else F.conv2d(real, w, padding=1) if rank == 2 else F.conv1d(real, w[:, :, 0], padding=1)
@@ -75,8 +75,8 @@ def test_pack_and_unpack(sizes: list[int], channels: int, planes: int, last: boo
         bits = packed(v, planes, axis)
         assert list(bits.shape) == [planes, *[s for d, s in enumerate(shape) if d != axis], layout.words_of(channels)]
         assert torch.equal(ops.unpack(bits, channels, axis), x)
-    torch.library.opcheck(ops.pack, (x, -1, 1, planes, axis), test_utils=CHECKS)  # type: ignore[arg-type]
-    torch.library.opcheck(ops.unpack, (bits, channels, axis), test_utils=CHECKS)  # type: ignore[arg-type]
+    torch.library.opcheck(ops.pack.op, (x, -1, 1, planes, axis), test_utils=CHECKS)  # type: ignore[arg-type]
+    torch.library.opcheck(ops.unpack.op, (bits, channels, axis), test_utils=CHECKS)  # type: ignore[arg-type]
 
 
 @seldom
@@ -95,8 +95,8 @@ def test_max_pools(numbers: tuple[int, ...], ceil: bool, data: Any) -> None:
         shifted = (x + (0 if dtype == torch.int8 else 1)).to(dtype)
         found = ops.code_max_pool(shifted, *window)
         assert torch.equal(found.float() - (0 if dtype == torch.int8 else 1), wanted)
-    torch.library.opcheck(ops.bit_max_pool, (packed(x, planes, 1), 5, *window), test_utils=CHECKS)  # type: ignore[arg-type]
-    torch.library.opcheck(ops.code_max_pool, (x, *window), test_utils=CHECKS)  # type: ignore[arg-type]
+    torch.library.opcheck(ops.bit_max_pool.op, (packed(x, planes, 1), 5, *window), test_utils=CHECKS)  # type: ignore[arg-type]
+    torch.library.opcheck(ops.code_max_pool.op, (x, *window), test_utils=CHECKS)  # type: ignore[arg-type]
 
 
 @seldom
@@ -108,8 +108,8 @@ def test_channels_move_and_join(counts: list[int], planes: int, seed: int) -> No
     assert torch.equal(joined, packed(torch.cat(xs, 1), planes, 1))
     indices = torch.randint(0, total, (total + 3,), generator=torch.Generator().manual_seed(seed))
     assert torch.equal(ops.bit_select(joined, total, indices), packed(torch.cat(xs, 1)[:, indices], planes, 1))
-    torch.library.opcheck(ops.bit_cat, (bits, counts), test_utils=CHECKS)  # type: ignore[arg-type]
-    torch.library.opcheck(ops.bit_select, (joined, total, indices), test_utils=CHECKS)  # type: ignore[arg-type]
+    torch.library.opcheck(ops.bit_cat.op, (bits, counts), test_utils=CHECKS)  # type: ignore[arg-type]
+    torch.library.opcheck(ops.bit_select.op, (joined, total, indices), test_utils=CHECKS)  # type: ignore[arg-type]
 
 
 def test_adds_and_tables_in_any_memory_order() -> None:
@@ -122,8 +122,8 @@ def test_adds_and_tables_in_any_memory_order() -> None:
     values = torch.randperm(256, generator=g).to(torch.uint8)
     for x in (a, last, a[0, 0]):
         assert torch.equal(ops.code_table(x, values), values[x.long()])
-        torch.library.opcheck(ops.code_table, (x, values), test_utils=CHECKS)  # type: ignore[arg-type]
-    torch.library.opcheck(ops.code_add, (a, last, 0.5, 0.25, 3.0, 200), test_utils=CHECKS)  # type: ignore[arg-type]
+        torch.library.opcheck(ops.code_table.op, (x, values), test_utils=CHECKS)  # type: ignore[arg-type]
+    torch.library.opcheck(ops.code_add.op, (a, last, 0.5, 0.25, 3.0, 200), test_utils=CHECKS)  # type: ignore[arg-type]
 
 
 def test_layers_do_not_share_what_is_kept_of_them() -> None:

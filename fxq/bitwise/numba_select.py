@@ -1,0 +1,47 @@
+"""Channels of packed values in another order, compiled by numba: four bits at a time through tables. Imported only where numba is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+Array = np.ndarray[Any, Any]
+NIBBLE, LANES = 4, 4
+
+
+def tables(channels: int, indices: Array) -> Array:
+    """What each value of each four channels adds to the result: uint64 ``[ceil(channels / 4), 16, words]``, words rounded up to 4.
+
+    Args:
+        indices: int64, the channel that stands at each place of the result.
+    """
+    words = -(-len(indices) // (64 * LANES)) * LANES
+    made = np.zeros((-(-channels // NIBBLE), 1 << NIBBLE, words), np.uint64)
+    for place, channel in enumerate(indices.tolist()):
+        group, bit = divmod(channel, NIBBLE)
+        has = (np.arange(1 << NIBBLE) >> bit & 1).astype(np.uint64)
+        made[group, :, place // 64] |= has << np.uint64(place % 64)
+    return made
+
+
+@njit(cache=True, nogil=True, boundscheck=False)
+def select(x: Array, by: Array, out: Array) -> None:
+    """Write ``out`` ``[places, words]`` from ``x`` ``[places, words of the input]`` by :func:`tables`; ``words`` is a multiple of 4."""
+    groups, words = by.shape[0], np.uint64(by.shape[2])
+    flat = by.reshape(-1)
+    for i in range(x.shape[0]):
+        for first in range(0, by.shape[2], LANES):
+            a = b = c = d = np.uint64(0)
+            for word in range(x.shape[1]):
+                bits, row = x[i, word], np.uint64(word * 256)
+                for _ in range(min(groups - word * 16, 16)):
+                    at = (row + (bits & np.uint64(15))) * words + np.uint64(first)  # unsigned: numba looks for no negative index
+                    bits >>= np.uint64(4)
+                    row += np.uint64(16)
+                    a |= flat[at]
+                    b |= flat[at + np.uint64(1)]
+                    c |= flat[at + np.uint64(2)]
+                    d |= flat[at + np.uint64(3)]
+            out[i, first], out[i, first + 1], out[i, first + 2], out[i, first + 3] = a, b, c, d
