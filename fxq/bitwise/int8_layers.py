@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fxq.bitwise import ops
 from fxq.convolutions import CHANNEL_AFFINE, conv_pads
 from fxq.doctor_machine import EXACT, machine
 from fxq.modules import Quantized
@@ -87,7 +88,7 @@ def _session(weight: Tensor, bias: Tensor, scale: Tensor, window: Sequence[int],
     return made
 
 
-@torch.library.custom_op("fxq::int8_layer", mutates_args=())
+@ops.Operator
 def int8_layer(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, window: Sequence[int], zeros: Sequence[int], scales: Sequence[float]) -> Tensor:
     """An integer layer on u8 codes.
 
@@ -112,7 +113,7 @@ def int8_layer(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, window: S
     return out.movedim(-1, 1) if n else out.reshape(*x.shape[:-1], len(weight))
 
 
-@int8_layer.register_fake
+@ops._meta(int8_layer)
 def _(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, window: Sequence[int], zeros: Sequence[int], scales: Sequence[float]) -> Tensor:
     n = weight.ndim - 2
     dtype = torch.uint8 if len(scales) > 1 else torch.float32
@@ -149,8 +150,7 @@ class Int8Layer(nn.Module):
         self.scales = [float(x.scale), *([] if out is None else [float(out.scale)])]
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = int8_layer(x, self.weight, self.bias, self.scale, self.window, self.zeros, self.scales)
-        return y
+        return int8_layer(x, self.weight, self.bias, self.scale, self.window, self.zeros, self.scales)
 
     def extra_repr(self) -> str:
         return f"{list(self.weight.shape)}, gives {'codes' if len(self.scales) > 1 else 'float'}"

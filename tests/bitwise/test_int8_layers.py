@@ -106,4 +106,4 @@ def test_the_operator_is_sound() -> None:
         m = Int8Layer(layer(make()), X, OUT)
         x = torch.zeros(size, dtype=torch.uint8)
         args = (x, m.weight, m.bias, m.scale, m.window, m.zeros, m.scales)
-        torch.library.opcheck(int8_layers.int8_layer, args, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(int8_layers.int8_layer.op, args, test_utils=("test_schema", "test_faketensor"))
