@@ -36,9 +36,10 @@ from fxq.doctor_machine import machine
 NETS = {"resnet18": 224, "nin_gc": 32, "nin": 32}
 KINDS = {
     "BitConv": "binary layers", "Conv2d": "float layers", "Linear": "float layers", "Pack": "packing", "CodeAdd": "adds", "BitMaxPool": "pools",
-    "CodeMaxPool": "pools", "MaxPool2d": "pools", "AvgPool2d": "pools", "GlobalAvgPool": "pools",
+    "CodeMaxPool": "pools", "GlobalPool": "pools", "MaxPool2d": "pools", "AvgPool2d": "pools", "GlobalAvgPool": "pools", "Int8Layer": "int8 layers",
+    "IntegerLayer": "int8 layers", "BitSelect": "shuffles", "Quantize": "rounding", "Real": "rounding", "CodeTable": "tables",
 }  # fmt: skip
-"""Class of a module of the lowered graph -> kind of layer; others are the rest."""
+"""Class of a module of the lowered graph -> kind of layer; others are the rest, and the first layer is the stem."""
 SPEED_GOAL, SIZE_GOAL = 3.0, 28.0
 PROCESS = """
 import json, os, sys, time
@@ -130,9 +131,10 @@ def by_kind(program: Any, x: torch.Tensor, rounds: int) -> dict[str, float]:
     for h in hooks:
         h.remove()
     found: dict[str, float] = defaultdict(float)
+    kinds = {path: KINDS.get(type(part).__name__, "rest") for path, part in parts.items()}
+    stem = next(path for path, kind in kinds.items() if kind.endswith("layers"))
     for path, seconds in times.items():
-        kind = type(parts[path]).__name__
-        found[KINDS.get(kind, "rest")] += 1e6 * statistics.median(seconds)
+        found["stem" if path == stem else kinds[path]] += 1e6 * statistics.median(seconds)
     found["between"] = 1e6 * statistics.median(plain) - sum(found.values())
     return {k: round(v) for k, v in sorted(found.items(), key=lambda kv: -kv[1])}
 
@@ -219,14 +221,15 @@ def main() -> None:
     a.seconds = 0.5 if a.quick else a.seconds
     table = None if a.quick else common.Table("bitwise_nets", "Whole binary nets on packed bits, beside ONNX Runtime", a.fresh)
     for name in a.names or NETS:
-        if table is not None and name in table.rows and not a.names:
+        key = name if a.scheme == "xnor_w1a1" else f"{name} {a.scheme}"
+        if table is not None and key in table.rows and not a.names:
             continue
         with tempfile.TemporaryDirectory() as folder:
             row = row_of(name, a, Path(folder))
         if table is None:
-            print(name, json.dumps(row, indent=1), flush=True)
+            print(key, json.dumps(row, indent=1), flush=True)
         else:
-            table.put(name, row)
+            table.put(key, row)
         gc.collect()
     if table is not None:
         imports = {"fxq": import_cost("import fxq"), "fxq.bitwise.program": import_cost("import fxq.bitwise.program")}
