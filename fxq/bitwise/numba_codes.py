@@ -9,16 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import njit
 from numba.core import types
 from numba.extending import overload
 
 from fxq.bitwise import tiles
-from fxq.bitwise.numba_conv import OPTIONS
+from fxq.bitwise.numba_compile import OPTIONS, helper
 from fxq.bitwise.tiles import add_codes, copy, fetch_add, load8, load64, store8, store64, unpack_word, zero
 
 # Offsets in the description, in bytes.
-UNITS, A, B, C, D, E, F, G, H, I, J, K = range(8, 104, 8)
+UNITS, A, B, C, D, E, F, G, H, IMAGE, J, K = range(8, 104, 8)
 STRIP = 32
 """Places that are packed at once where channels do not lie together."""
 FLOATS = {"float32": 4, "uint8": 1, "int8": 1}
@@ -32,7 +31,7 @@ max_u64, max_u1, max_s64, max_s1 = tiles.max_codes(64, False), tiles.max_codes(1
 
 def pack(d: Any, kind: Any, planes: Any) -> None:
     """Pack values of ``kind``: A values, B batch stride (bytes), C channels, D places, E channels last, F bounds, G words, H bytes to plane 1,
-    I bytes of an image's words, J places of a unit, K units of an image (J and K count strips of places, times words unless E)."""
+    IMAGE bytes of an image's words, J places of a unit, K units of an image (J and K count strips of places, times words unless E)."""
 
 
 @overload(pack, jit_options=OPTIONS, prefer_literal=True)
@@ -53,7 +52,7 @@ def _pack_code(d, kind, planes):  # type: ignore[no-untyped-def]
             if unit >= load64(d + UNITS):
                 break
             image, part = unit // per_image, unit % per_image
-            x, out = load64(d + A) + image * load64(d + B), load64(d + G) + image * load64(d + I)
+            x, out = load64(d + A) + image * load64(d + B), load64(d + G) + image * load64(d + IMAGE)
             if last:
                 for place in range(part * per_unit, min(places, part * per_unit + per_unit)):
                     source, to = x + place * channels * size, out + place * words * 8
@@ -93,7 +92,7 @@ def _pack_code(d, kind, planes):  # type: ignore[no-untyped-def]
     return code
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@helper
 def unpack(d):  # type: ignore[no-untyped-def]
     """A words, B bytes to plane 1, C channels, D places, E planes, F codes, G places of a unit, H 64 bytes of scratch a unit."""
     channels, plane, per_unit = load64(d + C), load64(d + B), load64(d + G)
@@ -115,10 +114,10 @@ def unpack(d):  # type: ignore[no-untyped-def]
                     copy(out, to, n)
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@helper
 def max_pool(d):  # type: ignore[no-untyped-def]
     """A packed, B bytes to plane 1, C words, D height, E width, F out height, G out width, H geometry (int64 kernel, stride, padding, dilation of
-    rows, then of columns), I out, J bytes to its plane 1, K planes. A unit is an output row of an image."""
+    rows, then of columns), IMAGE out, J bytes to its plane 1, K planes. A unit is an output row of an image."""
     words, height, width, oh, ow, g = load64(d + C), load64(d + D), load64(d + E), load64(d + F), load64(d + G), load64(d + H)
     while True:
         unit = fetch_add(d, 1)
@@ -139,15 +138,15 @@ def max_pool(d):  # type: ignore[no-untyped-def]
                                 plus |= bits
                                 if load64(d + K) == 2:
                                     minus &= load64(at + load64(d + B)) ^ bits
-                to = load64(d + I) + ((unit * ow + ox) * words + word) * 8
+                to = load64(d + IMAGE) + ((unit * ow + ox) * words + word) * 8
                 store64(to, plus)
                 if load64(d + K) == 2:
                     store64(to + load64(d + J), plus | minus)
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@helper
 def code_pool(d):  # type: ignore[no-untyped-def]
-    """A codes, C channels, D height, E width, F out height, G out width, H geometry as of ``max_pool``, I out, J signed. A unit is an output row."""
+    """A codes, C channels, D height, E width, F out height, G out width, H geometry as of ``max_pool``, IMAGE out, J signed. A unit is an output row."""
     channels, height, width, oh, ow, g = load64(d + C), load64(d + D), load64(d + E), load64(d + F), load64(d + G), load64(d + H)
     signed = load64(d + J)
     while True:
@@ -156,7 +155,7 @@ def code_pool(d):  # type: ignore[no-untyped-def]
             break
         image, oy = unit // oh, unit % oh
         for ox in range(ow):
-            to, seen = load64(d + I) + (unit * ow + ox) * channels, False
+            to, seen = load64(d + IMAGE) + (unit * ow + ox) * channels, False
             for i in range(load64(g)):
                 y = oy * load64(g + 8) - load64(g + 16) + i * load64(g + 24)
                 if y < 0 or y >= height:
@@ -173,7 +172,7 @@ def code_pool(d):  # type: ignore[no-untyped-def]
                         _max_row(at, to, channels, signed)
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@helper
 def _max_row(x, out, n, signed):  # type: ignore[no-untyped-def]
     i = 0
     while i + 64 <= n:
@@ -190,7 +189,7 @@ def _max_row(x, out, n, signed):  # type: ignore[no-untyped-def]
         i += 1
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@helper
 def add(d):  # type: ignore[no-untyped-def]
     """A and B codes, C constants, D out, E elements, F elements of a unit (a multiple of 16), G 64 bytes of scratch a unit."""
     a, b, out = load64(d + A), load64(d + B), load64(d + D)
@@ -211,7 +210,7 @@ def add(d):  # type: ignore[no-untyped-def]
             copy(out + i, spill + 32, end - i)
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@helper
 def table(d):  # type: ignore[no-untyped-def]
     """A codes, B 256 values, D out, E elements, F elements of a unit."""
     a, values, out = load64(d + A), load64(d + B), load64(d + D)
@@ -223,9 +222,9 @@ def table(d):  # type: ignore[no-untyped-def]
             store8(out + i, load8(values + load8(a + i)))
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@helper
 def quantize(d):  # type: ignore[no-untyped-def]
-    """A float32 values, C constants, D codes, E channels (1: values lie as their codes), F places, G places of a unit, H units of an image, I scratch:
+    """A float32 values, C constants, D codes, E channels (1: values lie as their codes), F places, G places of a unit, H units of an image, IMAGE scratch:
     bytes ``E * 16`` a unit. With more than one channel values are ``[B, C, S]`` and codes ``[B, S, C]``."""
     channels, places, per_unit, constants = load64(d + E), load64(d + F), load64(d + G), load64(d + C)
     while True:
@@ -233,7 +232,7 @@ def quantize(d):  # type: ignore[no-untyped-def]
         if unit >= load64(d + UNITS):
             break
         image, first = unit // load64(d + H), unit % load64(d + H) * per_unit
-        x, out, spill = load64(d + A) + image * channels * places * 4, load64(d + D) + image * channels * places, load64(d + I) + unit * channels * 16
+        x, out, spill = load64(d + A) + image * channels * places * 4, load64(d + D) + image * channels * places, load64(d + IMAGE) + unit * channels * 16
         place, end = first, min(places, first + per_unit)
         while place + 16 <= end:
             if channels == 1:

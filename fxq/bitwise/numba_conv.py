@@ -7,13 +7,14 @@ around, into the thread's scratch, so that the tile needs addresses only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from numba import njit
 from numba.core import types
 from numba.extending import overload
 
 from fxq.bitwise import tiles
+from fxq.bitwise.numba_compile import OPTIONS, helper
 from fxq.bitwise.tiles import WIDE, copy, count_bits, ctpop, fetch_add, load32, load64, store32, store64, sum_taps, zero
 
 KINDS = {"sign": 0, "ternary": 1, "int32": 2, "float": 3, "codes": 4}
@@ -27,7 +28,6 @@ OUT_H, OUT_W, UNIT_ROWS, ROW_UNITS, GROUPS, GROUP, UNITS, SCRATCH_AT, SCRATCH_SI
 BLOCKS, BLOCK_COUNT, WEIGHTS, TAPS, ROW_OFFSETS, ROW_SEGMENTS, ROW_WORDS, TAP_OFFSETS, PIXEL_OFFSETS, BASE, ROW_CLASS, COLUMN_CLASS = range(240, 336, 8)
 LANES, OUTPUTS, OUT, OUT_PLANE, OUT_PIXEL, KIND, HI, LO, MULT, BIAS, SCALE, BOUNDS, SIZE = range(336, 440, 8)
 
-OPTIONS = {"error_model": "numpy", "nogil": True}
 DOTS = {
     (pixels, lanes, planes, masked): tiles.tile(pixels, lanes, planes, bool(masked))
     for pixels in (1, 4, 5) for lanes in (WIDE, 8) for planes in (1, 2) for masked in (0, 1)
@@ -37,7 +37,7 @@ int32_32, int32_8, float_32, float_8, codes_32, codes_8 = (tiles.numbers(n, kind
 sum_taps16, sum_taps1 = sum_taps(16), sum_taps(1)
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@helper
 def _copy_rows(d, scratch, planes, image, first, rows):  # type: ignore[no-untyped-def]
     """Input rows ``first`` and on with zeros around them into the scratch."""
     row, words, height = load64(d + ROW), load64(d + WORDS), load64(d + HEIGHT)
@@ -55,7 +55,7 @@ def _copy_rows(d, scratch, planes, image, first, rows):  # type: ignore[no-untyp
             to += row
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@helper
 def _places(d, scratch, start, y0, rows):  # type: ignore[no-untyped-def]
     """Tables of the unit's pixels: addresses of what the kernel reads there, and rows of the border table (in bytes)."""
     table, classes, width = scratch + load64(d + TABLE), scratch + load64(d + CLASS), load64(d + OUT_W)
@@ -70,7 +70,7 @@ def _places(d, scratch, start, y0, rows):  # type: ignore[no-untyped-def]
         classes += 4 * width
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@helper
 def _counts(d, scratch, start, rows, first, words):  # type: ignore[no-untyped-def]
     """For each pixel of the unit how many inputs under the kernel are not 0, in ``words`` words from ``first`` on."""
     all_words = load64(d + WORDS)
@@ -98,7 +98,7 @@ def _counts(d, scratch, start, rows, first, words):  # type: ignore[no-untyped-d
         out += 4 * width
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@helper
 def _finish(d, scratch, pixels, lanes, place, channel, pixel, counted):  # type: ignore[no-untyped-def]
     """Apply the epilogue to the tile's results: ``place`` within the unit, ``pixel`` of the output, first output ``channel``."""
     kind, at, base = load64(d + KIND), 4 * channel, load64(d + BASE) + 4 * channel
@@ -143,22 +143,7 @@ def _finish(d, scratch, pixels, lanes, place, channel, pixel, counted):  # type:
         out += row
 
 
-def _strip(
-    d: Any,
-    scratch: Any,
-    planes: Any,
-    masked: Any,
-    lanes: Any,
-    channel: Any,
-    step: Any,
-    weights: Any,
-    second: Any,
-    first: Any,
-    delta: Any,
-    per_tap: Any,
-    n: Any,
-    pixel: Any,
-) -> None:
+def _strip(*operands: Any) -> None:
     """All pixels of a unit for ``lanes`` output channels (a number that is known when it is compiled)."""
 
 
@@ -167,7 +152,7 @@ def _strip_code(d, scratch, planes, masked, lanes, channel, step, weights, secon
     if not all(isinstance(v, types.IntegerLiteral) for v in (planes, masked, lanes)):
         return None
     one, four, five = (DOTS[pixels, lanes.literal_value, planes.literal_value, masked.literal_value] for pixels in (1, 4, 5))
-    wide, counted = lanes.literal_value, planes.literal_value == 2 and not masked.literal_value
+    wide, counted = lanes.literal_value, int(planes.literal_value == 2 and not masked.literal_value)
 
     def code(d, scratch, planes, masked, lanes, channel, step, weights, second, first, delta, per_tap, n, pixel):  # type: ignore[no-untyped-def]
         table, i = scratch + load64(d + TABLE), 0
@@ -177,79 +162,59 @@ def _strip_code(d, scratch, planes, masked, lanes, channel, step, weights, secon
         while i < n:
             rest, at = n - i, table + 8 * i
             if rest >= 5 and rest % 4:
+                pixels = 5
                 five(weights, step, second, at, first, delta, offsets, segments, words, scratch)
-                _finish(d, scratch, 5, wide, i, channel, pixel + i, counted)
-                i += 5
             elif rest >= 4:
+                pixels = 4
                 four(weights, step, second, at, first, delta, offsets, segments, words, scratch)
-                _finish(d, scratch, 4, wide, i, channel, pixel + i, counted)
-                i += 4
             else:
+                pixels = 1
                 one(weights, step, second, at, first, delta, offsets, segments, words, scratch)
-                _finish(d, scratch, 1, wide, i, channel, pixel + i, counted)
-                i += 1
+            _finish(d, scratch, pixels, wide, i, channel, pixel + i, counted)
+            i += pixels
 
     return code
 
 
-def _unit(d: Any, scratch: Any, planes: Any, masked: Any, unit: Any) -> None:
-    """One unit of work."""
+def kernel(planes: int, masked: int) -> Callable[[int], Callable[[Any], None]]:
+    """Source of the kernel for inputs of one or two planes and plain or masked weights, from a number that stands for its version."""
+    counted = planes == 2 and not masked
 
-
-@overload(_unit, jit_options=OPTIONS, prefer_literal=True)
-def _unit_code(d, scratch, planes, masked, unit):  # type: ignore[no-untyped-def]
-    if not all(isinstance(v, types.IntegerLiteral) for v in (planes, masked)):
-        return None
-    p, m = planes.literal_value, masked.literal_value
-    counted = p == 2 and not m
-
-    def code(d, scratch, planes, masked, unit):  # type: ignore[no-untyped-def]
-        groups, row_units = load64(d + GROUPS), load64(d + ROW_UNITS)
-        block, part, image = unit % groups * load64(d + GROUP), unit // groups % row_units, unit // groups // row_units
-        height, width, stride = load64(d + OUT_H), load64(d + OUT_W), load64(d + STRIDE_Y)
-        y0 = part * load64(d + UNIT_ROWS)
-        rows = min(load64(d + UNIT_ROWS), height - y0)
-        if load64(d + COPIED):
-            _copy_rows(d, scratch, p, image, y0 * stride - load64(d + TOP), (rows - 1) * stride + load64(d + EXTENT))
-            start, delta = scratch + load64(d + ROWS), load64(d + PLANE)
-        else:
-            start, delta = load64(d + X) + image * load64(d + X_IMAGE) + y0 * stride * load64(d + ROW), load64(d + X_PLANE)
-        _places(d, scratch, start, y0, rows)
-        known, n, pixel, taps, all_words = -1, rows * width, (image * height + y0) * width, load64(d + TAPS), load64(d + WORDS)
-        for k in range(block, min(block + load64(d + GROUP), load64(d + BLOCK_COUNT))):
-            place = load64(d + BLOCKS) + 40 * k
-            channel, lanes, first, words, offset = load64(place), load64(place + 8), load64(place + 16), load64(place + 24), load64(place + 32)
-            if counted and known != first * all_words + words:
-                _counts(d, scratch, start + delta, rows, first, words)
-                known = first * all_words + words
-            weights, second = load64(d + WEIGHTS) + 8 * offset, taps * words * lanes * 8
-            per_tap = 0 if words == all_words and load64(d + ROW_SEGMENTS) else words
-            for sub in range(0, lanes, WIDE if lanes >= WIDE else 8):
-                if lanes >= WIDE:
-                    _strip(d, scratch, p, m, WIDE, channel + sub, 8 * lanes, weights + 8 * sub, second, 8 * first, delta, per_tap, n, pixel)
+    def make(digest: int) -> Callable[[Any], None]:
+        def conv_units(d: Any) -> None:
+            if digest == 0:
+                return
+            scratch = load64(d + SCRATCH_AT) + fetch_add(d + THREADS, 1) * load64(d + SCRATCH_SIZE)
+            while True:
+                unit = fetch_add(d + TAKEN, 1)
+                if unit >= load64(d + UNITS):
+                    break
+                groups, row_units = load64(d + GROUPS), load64(d + ROW_UNITS)
+                block, part, image = unit % groups * load64(d + GROUP), unit // groups % row_units, unit // groups // row_units
+                height, width, stride = load64(d + OUT_H), load64(d + OUT_W), load64(d + STRIDE_Y)
+                y0 = part * load64(d + UNIT_ROWS)
+                rows = min(load64(d + UNIT_ROWS), height - y0)
+                if load64(d + COPIED):
+                    _copy_rows(d, scratch, planes, image, y0 * stride - load64(d + TOP), (rows - 1) * stride + load64(d + EXTENT))
+                    start, delta = scratch + load64(d + ROWS), load64(d + PLANE)
                 else:
-                    _strip(d, scratch, p, m, 8, channel + sub, 8 * lanes, weights + 8 * sub, second, 8 * first, delta, per_tap, n, pixel)
+                    start, delta = load64(d + X) + image * load64(d + X_IMAGE) + y0 * stride * load64(d + ROW), load64(d + X_PLANE)
+                _places(d, scratch, start, y0, rows)
+                known, n, pixel, taps, all_words = -1, rows * width, (image * height + y0) * width, load64(d + TAPS), load64(d + WORDS)
+                for k in range(block, min(block + load64(d + GROUP), load64(d + BLOCK_COUNT))):
+                    place = load64(d + BLOCKS) + 40 * k
+                    channel, lanes, first, words, offset = load64(place), load64(place + 8), load64(place + 16), load64(place + 24), load64(place + 32)
+                    if counted and known != first * all_words + words:
+                        _counts(d, scratch, start + delta, rows, first, words)
+                        known = first * all_words + words
+                    weights, second = load64(d + WEIGHTS) + 8 * offset, taps * words * lanes * 8
+                    per_tap = 0 if words == all_words and load64(d + ROW_SEGMENTS) else words
+                    for sub in range(0, lanes, WIDE if lanes >= WIDE else 8):
+                        if lanes >= WIDE:
+                            _strip(d, scratch, planes, masked, WIDE, channel + sub, 8 * lanes, weights + 8 * sub, second, 8 * first, delta, per_tap, n, pixel)
+                        else:
+                            _strip(d, scratch, planes, masked, 8, channel + sub, 8 * lanes, weights + 8 * sub, second, 8 * first, delta, per_tap, n, pixel)
 
-    return code
+        return conv_units
 
-
-def run(d: Any, planes: Any, masked: Any) -> None:
-    """Take units of the call described at address ``d`` until none is left."""
-
-
-@overload(run, jit_options=OPTIONS, prefer_literal=True)
-def _run_code(d, planes, masked):  # type: ignore[no-untyped-def]
-    if not all(isinstance(v, types.IntegerLiteral) for v in (planes, masked)):
-        return None
-    p, m = planes.literal_value, masked.literal_value
-
-    def code(d, planes, masked):  # type: ignore[no-untyped-def]
-        units = load64(d + UNITS)
-        scratch = load64(d + SCRATCH_AT) + fetch_add(d + THREADS, 1) * load64(d + SCRATCH_SIZE)
-        while True:
-            unit = fetch_add(d + TAKEN, 1)
-            if unit >= units:
-                break
-            _unit(d, scratch, p, m, unit)
-
-    return code
+    return make

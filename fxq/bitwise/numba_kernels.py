@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
-import sys
 import threading
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import cfunc, types
 
 from fxq.bitwise import layout, numba_codes, tiles
 from fxq.bitwise import numba_conv as c
+from fxq.bitwise import threads as workers
 from fxq.bitwise.layout import AddConstants, Epilogue, Layer, Pair
+from fxq.bitwise.numba_compile import KERNELS, Kernel, address, compiled
 from fxq.bitwise.numpy_kernels import result_shape
-from fxq.bitwise.threads import parallel
 
 PATH = tiles.PATH
 Array = np.ndarray[Any, Any]
@@ -28,76 +23,16 @@ VECTORS = 1 << 15
 """Vectors of 8 words that a convolution compares for each thread at least: about 15 microseconds."""
 CACHE_BYTES = 192 << 10
 """Bytes of activations of a unit of work: half of a small second-level cache."""
+PIXELS = 28
+"""Output positions of a unit of work at least, where rows are dealt out."""
 KEPT = 16
 """Plans of a layer, one for each shape of input, that are kept."""
 
 
-def _slow_address(a: Array) -> int:
-    return int(a.__array_interface__["data"][0])
+# ---------------------------------------------------------------- kernels of codes
 
 
-def _fast_address(a: Array) -> int:
-    """What numpy's C structure holds behind the object's head: ten times as fast as asking for the interface."""
-    return ctypes.c_void_p.from_address(id(a) + object.__basicsize__).value or 0
-
-
-_SAMPLE = np.arange(3)
-_address = _fast_address if sys.implementation.name == "cpython" and _fast_address(_SAMPLE) == _slow_address(_SAMPLE) else _slow_address
-
-
-class _Kernel:
-    """A kernel, compiled at its first call; afterwards it comes from numba's cache on disk where a folder can be written."""
-
-    def __init__(self, make: Callable[[bool], Any]) -> None:
-        try:
-            self._compiled = make(True)
-        except (RuntimeError, OSError):  # no folder for the cache
-            self._compiled = make(False)
-        self.function, self.address = self._compiled.ctypes, self._compiled.address
-
-    def __call__(self, description: Array, threads: int) -> None:
-        """Run it on a description whose address it gets."""
-        if threads > 1:
-            parallel(self.function, self.address, _address(description), threads)
-        else:
-            self.function(_address(description))
-
-
-@cache
-def source_digest() -> int:
-    """Of the files that the kernels consist of: part of the key of numba's cache, which itself looks at one file only."""
-    here = Path(__file__).parent
-    text = b"".join((here / f"{name}.py").read_bytes() for name in ("tiles", "numba_conv", "numba_codes"))
-    return int.from_bytes(hashlib.sha256(text).digest()[:6], "little")
-
-
-_COMPILE = threading.Lock()
-_KERNELS: dict[Any, _Kernel] = {}
-SIGNATURE = types.void(types.int64)
-
-
-def _kernel(key: Any, make: Callable[[int], Callable[[Any], None]]) -> _Kernel:
-    found = _KERNELS.get(key)
-    if found is None:
-        with _COMPILE:
-            found = _KERNELS.get(key)
-            if found is None:
-                found = _KERNELS[key] = _Kernel(lambda cached: cfunc(SIGNATURE, cache=cached, error_model="numpy")(make(source_digest())))
-    return found
-
-
-def _conv_kernel(planes: int, masked: int) -> _Kernel:
-    def make(digest: int) -> Callable[[Any], None]:
-        def conv_units(d: Any) -> None:
-            if digest != 0:
-                c.run(d, planes, masked)
-
-        return conv_units
-
-    return _kernel(("conv", planes, masked), make)
-
-
-def _pack_kernel(kind: str, planes: int) -> _Kernel:
+def _pack_kernel(kind: str, planes: int) -> Kernel:
     def make(digest: int) -> Callable[[Any], None]:
         def pack_units(d: Any) -> None:
             if digest != 0:
@@ -105,7 +40,7 @@ def _pack_kernel(kind: str, planes: int) -> _Kernel:
 
         return pack_units
 
-    return _kernel((kind, planes), make)
+    return compiled((kind, planes), make)
 
 
 def _unpack(digest: int) -> Callable[[Any], None]:
@@ -180,12 +115,12 @@ class _Plan:
     def __init__(self, shape: tuple[int, ...], layer: Layer, threads: int) -> None:
         planes, batch, h, w, words = shape
         oh, ow = layer.out_size(h, w)
-        self.size, self.kernel = (batch, oh, ow), _conv_kernel(planes, int(layer.masked))
+        self.size, self.kernel = (batch, oh, ow), compiled(("conv", planes, layer.masked), c.kernel(planes, int(layer.masked)))
         work = batch * oh * ow * len(layer.words) // 8
         self.threads = min(threads, max(1, work // VECTORS))
-        self.description, self.kept = np.zeros(c.SIZE // 8, np.int64), []
+        self.description, self.kept = np.zeros(c.SIZE // 8, np.int64), list[Array]()
         self.result: tuple[Any, ...] = (None,)
-        top, bottom, left, right = layer.padding
+        top, _, left, right = layer.padding
         copied, row_classes, column_classes = any(layer.padding), None, None
         if not copied and layer.taps == 1 and layer.stride == (1, 1):  # a matrix product: every position is a row
             h, w, oh, ow, batch, one = batch * h * w, 1, batch * oh * ow, 1, 1, True
@@ -232,19 +167,18 @@ class _Plan:
             if isinstance(value, np.ndarray):
                 value = np.ascontiguousarray(value)
                 self.kept.append(value)
-                value = _address(value)
+                value = address(value)
             self.description[getattr(c, name) // 8] = value
 
     def _split(self, oh: int, ow: int, batch: int, fit: int, blocks: int) -> tuple[int, int]:
         """Output rows and blocks of output channels of a unit: what fits into the cache, and four units a thread where there are so many."""
         rows = min(oh, fit, max(1, 4096 // ow))
         parts, group = -(-oh // rows), blocks
-        if self.threads > 1:
+        if self.threads > 1:  # rows first: threads that write to the same places get in each other's way
             wanted = 4 * self.threads
+            parts = max(parts, min(-(-wanted // batch), oh * ow // PIXELS, oh))
             if batch * parts < wanted:
                 group = max(1, blocks * batch * parts // wanted)
-            if batch * parts * -(-blocks // group) < wanted:
-                parts = min(oh, max(parts, -(-wanted // (batch * -(-blocks // group)))))
         return -(-oh // parts), group
 
 
@@ -255,7 +189,7 @@ def _constants(e: Epilogue) -> list[int]:
         e.cache["numba"] = [
             None if a is None else np.ascontiguousarray(a) for a in (e.hi, e.lo, e.mult, e.bias, e.scale if e.kind != "int32" else e.bias, bounds)
         ]
-    return [c.KINDS[e.kind], *(0 if a is None else _address(a) for a in e.cache["numba"])]
+    return [c.KINDS[e.kind], *(0 if a is None else address(a) for a in e.cache["numba"])]
 
 
 def conv(x: Array, layer: Layer, epilogue: Epilogue, threads: int = 1) -> Array:
@@ -268,9 +202,9 @@ def conv(x: Array, layer: Layer, epilogue: Epilogue, threads: int = 1) -> Array:
     x = np.ascontiguousarray(x)
     out = np.zeros(shape, dtype) if blank else np.empty(shape, dtype)
     scratch, d = _SCRATCH.at_least(plan.scratch * plan.threads), plan.description.copy()
-    d[_X], d[_X_PLANE], d[_OUT], d[_SCRATCH_AT] = _address(x), x.nbytes // len(x), _address(out), _address(scratch)
+    d[_X], d[_X_PLANE], d[_OUT], d[_SCRATCH_AT] = address(x), x.nbytes // len(x), address(out), address(scratch)
     d[_FIELDS] = fields
-    plan.kernel(d, plan.threads)
+    workers.run(plan.kernel, d, plan.threads)
     return out
 
 
@@ -305,8 +239,8 @@ def _share(total: int, amount: int, threads: int, multiple: int = 1) -> tuple[in
     return threads, per_unit, -(-total // per_unit)
 
 
-def _call(kernel: _Kernel, threads: int, units: int, *fields: int) -> None:
-    kernel(np.array([0, units, *fields], np.int64), threads)
+def _call(job: Kernel, threads: int, units: int, *fields: int) -> None:
+    workers.run(job, np.array([0, units, *fields], np.int64), threads)
 
 
 NAMES = {"f": "float32", "B": "uint8", "b": "int8"}
@@ -318,7 +252,7 @@ def pack(x: Array, lo: float, hi: float, planes: int, channels_last: bool, threa
     x = np.ascontiguousarray(x)
     batch, channels, places = (x.shape[0], x.shape[2], x.shape[1]) if channels_last else x.shape
     channels_last = channels_last or places == 1
-    words = layout.words_of(channels)
+    words, kind = layout.words_of(channels), NAMES[x.dtype.char]
     out = np.empty((planes, batch, places, words), np.uint64)
     if not out.size:
         return out
@@ -329,8 +263,9 @@ def pack(x: Array, lo: float, hi: float, planes: int, channels_last: bool, threa
     threads, per_unit, parts = _share(places, x.nbytes, threads, 1 if channels_last else numba_codes.STRIP)
     per_image = parts if channels_last else parts * words
     _call(
-        _KERNELS.get((NAMES[x.dtype.char], planes)) or _pack_kernel(NAMES[x.dtype.char], planes), threads, batch * per_image, _address(x), x.nbytes // batch, channels, places, int(channels_last),
-        _address(bounds), _address(out), out.nbytes // planes, out.nbytes // planes // batch, per_unit, per_image,
+        KERNELS.get((kind, planes)) or _pack_kernel(kind, planes), threads, batch * per_image, address(x), x.nbytes // batch, channels, places,
+        int(channels_last),
+        address(bounds), address(out), out.nbytes // planes, out.nbytes // planes // batch, per_unit, per_image,
     )  # fmt: skip
     return out
 
@@ -346,8 +281,8 @@ def unpack(packed: Array, channels: int, threads: int = 1) -> Array:
     threads, per_unit, units = _share(places, out.nbytes, threads)
     spill = np.empty(64 * units, np.uint8)
     _call(
-        _kernel("unpack", _unpack), threads, units, _address(packed), packed.strides[0], channels, places, len(packed), _address(out), per_unit,
-        _address(spill),
+        compiled("unpack", _unpack), threads, units, address(packed), packed.strides[0], channels, places, len(packed), address(out), per_unit,
+        address(spill),
     )  # fmt: skip
     return out
 
@@ -362,8 +297,8 @@ def max_pool(
     geometry = np.array([v[i] for i in (0, 1) for v in (kernel, stride, padding, dilation)], np.int64)
     threads, _, _ = _share(1, packed.nbytes, threads)
     _call(
-        _kernel("max_pool", _max_pool), threads, packed.shape[1] * oh, _address(packed), packed.strides[0], packed.shape[4], packed.shape[2], packed.shape[3],
-        oh, ow, _address(geometry), _address(out), out.strides[0], len(packed),
+        compiled("max_pool", _max_pool), threads, packed.shape[1] * oh, address(packed), packed.strides[0], packed.shape[4], packed.shape[2], packed.shape[3],
+        oh, ow, address(geometry), address(out), out.strides[0], len(packed),
     )  # fmt: skip
     return out
 
@@ -376,8 +311,8 @@ def code_pool(codes: Array, kernel: Pair, stride: Pair, padding: Pair, dilation:
     geometry = np.array([v[i] for i in (0, 1) for v in (kernel, stride, padding, dilation)], np.int64)
     threads, _, _ = _share(1, codes.nbytes, threads)
     _call(
-        _kernel("code_pool", _code_pool), threads, codes.shape[0] * oh, _address(codes), 0, codes.shape[3], codes.shape[1], codes.shape[2], oh, ow,
-        _address(geometry), _address(out), int(codes.dtype == np.int8),
+        compiled("code_pool", _code_pool), threads, codes.shape[0] * oh, address(codes), 0, codes.shape[3], codes.shape[1], codes.shape[2], oh, ow,
+        address(geometry), address(out), int(codes.dtype == np.int8),
     )  # fmt: skip
     return out
 
@@ -389,7 +324,7 @@ def add(a: Array, b: Array, constants: AddConstants, threads: int = 1) -> Array:
     out, values = np.empty(a.shape, np.uint8), np.array([k.ra, k.rb, k.fixed, k.least, k.most], np.float32)
     threads, per_unit, units = _share(a.size, 8 * a.nbytes, threads, 64)
     spill = np.empty(64 * units, np.uint8)
-    _call(_kernel("add", _add), threads, units, _address(a), _address(b), _address(values), _address(out), a.size, per_unit, _address(spill))
+    _call(compiled("add", _add), threads, units, address(a), address(b), address(values), address(out), a.size, per_unit, address(spill))
     return out
 
 
@@ -398,7 +333,7 @@ def table(x: Array, values: Array, threads: int = 1) -> Array:
     layout.check_codes(x, x)
     x, values, out = np.ascontiguousarray(x), np.ascontiguousarray(values), np.empty(x.shape, np.uint8)
     threads, per_unit, units = _share(x.size, 2 * x.nbytes, threads, 64)
-    _call(_kernel("table", _table), threads, units, _address(x), _address(values), 0, _address(out), x.size, per_unit)
+    _call(compiled("table", _table), threads, units, address(x), address(values), 0, address(out), x.size, per_unit)
     return out
 
 
@@ -414,7 +349,7 @@ def quantize(x: Array, scale: float, zero: int, qmin: int, qmax: int, channels_l
     threads, per_unit, parts = _share(places, x.nbytes, threads, 64)
     spill = np.empty(16 * channels * batch * parts, np.uint8)
     _call(
-        _kernel("quantize", _quantize), threads, batch * parts, _address(x), 0, _address(constants), _address(out), channels, places, per_unit, parts,
-        _address(spill),
+        compiled("quantize", _quantize), threads, batch * parts, address(x), 0, address(constants), address(out), channels, places, per_unit, parts,
+        address(spill),
     )  # fmt: skip
     return out

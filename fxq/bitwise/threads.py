@@ -1,22 +1,21 @@
 """Run one compiled kernel in several threads. Kernels take their work from a common counter, so any number of threads may turn up.
 
 torch's own OpenMP threads run it where they are found (Linux): they are awake between two layers, a start costs a few microseconds, and no second pool
-competes with torch's. Elsewhere threads of Python do; compiled kernels run without the interpreter's lock.
+competes with torch's. Elsewhere threads of Python do: compiled kernels run without the interpreter's lock. Imported only where numba is.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-_LOCK = threading.Lock()
-_POOL: list[Any] = [None, 0, 0]  # executor, workers, process
+from fxq.bitwise.numba_compile import Array, Kernel, address
+
+_FORKED: list[int] = []
 
 
 def _loaded_openmp() -> list[str]:
@@ -29,8 +28,8 @@ def _loaded_openmp() -> list[str]:
 
 
 @cache
-def openmp(process: int) -> Any:
-    """``GOMP_parallel(function, data, threads, flags)`` of GNU's OpenMP for the process in which it is first asked for; ``None`` elsewhere."""
+def openmp() -> Any:
+    """``GOMP_parallel(function, data, threads, flags)`` of GNU's OpenMP, torch's if torch is there; ``None`` where there is none."""
     for path in [*_loaded_openmp(), "libgomp.so.1"]:
         try:
             function = ctypes.CDLL(path).GOMP_parallel
@@ -41,26 +40,27 @@ def openmp(process: int) -> Any:
     return None
 
 
-_STARTED = os.getpid()
-
-
-def parallel(function: Callable[[int], Any], address: int, description: int, threads: int) -> None:
-    """Run ``function(description)``, compiled at ``address``, in ``threads`` threads, and wait for all. In a forked child in this one only."""
-    if os.getpid() != _STARTED:  # the parent's OpenMP threads are not here
-        function(description)
-        return
-    run = openmp(_STARTED)
-    if run is not None:
-        run(address, description, threads, 0)
-        return
-    futures = [_workers(threads - 1).submit(function, description) for _ in range(threads - 1)]
-    function(description)
-    for f in futures:
-        f.result()
-
-
+@cache
 def _workers(count: int) -> ThreadPoolExecutor:
-    with _LOCK:
-        if _POOL[1] < count:
-            _POOL[:2] = [ThreadPoolExecutor(count, "fxq-bitwise"), count]
-        return _POOL[0]  # type: ignore[no-any-return]
+    return ThreadPoolExecutor(count, "fxq-bitwise")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _FORKED.append(os.getpid()))
+
+
+def run(job: Kernel, description: Array, threads: int) -> None:
+    """Run a kernel on a description (int64) in up to ``threads`` threads and wait for all; in a forked child, which lacks the parent's threads, in one."""
+    at = address(description)
+    if threads <= 1 or _FORKED:
+        job.function(at)
+        return
+    parallel = openmp()
+    if parallel is not None:
+        parallel(job.address, at, threads, 0)
+        return
+    helpers = [_workers(threads - 1).submit(job.function, at) for _ in range(threads - 1)]
+    job.function(at)
+    for h in helpers:
+        if not h.cancel():
+            h.result()

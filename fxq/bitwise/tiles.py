@@ -14,10 +14,11 @@ from typing import Any
 import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils as untyped_cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
+cgutils: Any = untyped_cgutils  # numba has types for a part of itself only
 I1, I8, I16, I32, I64, F32, F64 = ir.IntType(1), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType(), ir.DoubleType()
 ROUNDER = 1.5 * 2**23
 """Added and taken away, it rounds a float32 below 2**22 to even."""
@@ -106,7 +107,7 @@ def _variable(b: Any, value: Any) -> Any:
 
 @_operation(2, types.int64)
 def fetch_add(b: Any, address: Any, value: Any) -> Any:
-    """Atomic: the old value of an int64."""
+    """Atomic sum: the old value of an int64."""
     return b.atomic_rmw("add", _pointer(b, address, I64), value, "monotonic")
 
 
