@@ -48,6 +48,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--target", help="see --list targets (default: onnxruntime; with --to tensorrt or bitwise: that)")
     p.add_argument("--observer", help="override the scheme's activation observer")
     p.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="layers that stay float (fnmatch on the module path)")
+    p.add_argument("--int8", action="append", default=[], metavar="PATTERN", help="layers that a low-bit scheme keeps in 8 bits")
+    p.add_argument("--times", metavar="FILE", help="for the scheme auto-lowbit: times to choose by, as fxq times --json printed them")
     p.add_argument("--portable", action="store_true", help="weights that give the same numbers on x86 CPUs with and without VNNI")
     p.add_argument("--to", default="onnx-qdq", metavar="BACKEND")
     p.add_argument("-o", "--output", metavar="FILE")
@@ -93,6 +95,7 @@ def run(a: argparse.Namespace, command: str = "") -> int:
 
     cli_engine.require_consistent(a)
     how, share, budget = cli_prune.request(a), cli_prune.share(a), cli_debug.budget(a)
+    times = cli_debug.times(a)
     target = a.target or (a.to if a.to in ("tensorrt", "bitwise") else "onnxruntime")
 
     model = sources.model_from(a.source)
@@ -105,6 +108,7 @@ def run(a: argparse.Namespace, command: str = "") -> int:
         m = api.compile(
             model, a.scheme, calibration=data, example=example, target=target, skip=tuple(a.skip), observer=a.observer,
             batches=a.calibration_batches, portable=a.portable, progress=progress, prune=how, share=share, numbers=bool(a.report) or a.numbers, budget=budget,
+            int8=tuple(a.int8), times=times,
         )  # fmt: skip
         artifact = m.lower(a.to, **cli_engine.lowering_options(a, m, progress or no_progress))
     _show(a, m, artifact)

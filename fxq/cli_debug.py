@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fxq.errors import InputError
 
 if TYPE_CHECKING:
     from fxq.compiled import CompiledModel
+    from fxq.layer_table import LayerTimes
     from fxq.mixed import Budget
 
 
@@ -49,6 +51,22 @@ def budget(a: argparse.Namespace) -> Budget | None:
     return Budget(a.budget_bytes, a.budget_bops, tuple(int(part) for part in a.bits.split(",")))
 
 
+def times(a: argparse.Namespace) -> LayerTimes | None:
+    """The times of ``--times``.
+
+    Raises:
+        InputError: no such file. SchemeError: it holds something else.
+    """
+    if a.times is None:
+        return None
+    from fxq.layer_table import LayerTimes
+
+    try:
+        return LayerTimes.from_json(Path(a.times).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError("no file of times can be read there", where=a.times, way_out="Write it with fxq times MODEL --json") from e
+
+
 def run(a: argparse.Namespace, m: CompiledModel, data: list[Any] | None) -> tuple[dict[str, Any], int, str]:
     """Do what the options ask for.
 
@@ -60,6 +78,9 @@ def run(a: argparse.Namespace, m: CompiledModel, data: list[Any] | None) -> tupl
     code = 0
     if m.bit_plan is not None:
         lines.append(str(m.bit_plan))
+    if m.layer_times is not None:
+        found["layer_times"] = m.layer_times
+        lines.append(str(m.layer_times))
     if a.numbers:
         for name in [s.name for s in m.history]:
             table = m.history.numbers(name)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import fxq
-from fxq import command, layer_runs
+from fxq import cli, command, layer_runs
 from fxq.layer_table import LayerTimes
 from tests.lowbit_nets import X, net
 
@@ -63,6 +64,31 @@ def test_mistakes(argv: list[str], text: str, tmp_path: Path, capsys: pytest.Cap
     assert command.main(["times", *argv]) == 2
     err = capsys.readouterr().err
     assert text in err and err.count("\n") == 1
+
+
+def test_fxq_lower_chooses_by_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model.py").write_text(SOURCE)
+    source, times, out = f"{tmp_path / 'model.py'}:build", tmp_path / "times.json", tmp_path / "report.json"
+    assert command.main(["times", source, "--input", "1,3,4,4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    for layer in found["layers"]:  # float32 is slow, bits are fast
+        for way, us in (("float32", 9.0), ("int8", 5.0), ("bits", 1.0)):
+            layer["times"][way]["us"] = us
+    times.write_text(json.dumps(found))
+    np.save(tmp_path / "data.npy", np.random.default_rng(0).standard_normal((4, 3, 4, 4)).astype(np.float32))
+    argv = [source, "--calibration", str(tmp_path / "data.npy"), "--times", str(times), "--verify", "--report-json", str(out), "--force"]
+    assert cli.main([*argv, "--scheme", "auto-lowbit", "--int8", "5", "-o", str(tmp_path / "m.onnx")]) == 0
+    report = json.loads(out.read_text())
+    notes = {s["node"]: s["why"] for h in report["history"] if h["name"] == "choose-layers" for s in h["skips"]}
+    assert notes == {"0": "int8: float32 9 us, int8 5 us", "2": "binary: bits 1 us, int8 5 us"} and len(report["layer_times"]["layers"]) == 2
+    assert "float32/bits" in capsys.readouterr().out
+    for more, text in (
+        (["--scheme", "xnor_w1a1"], "times= is what 'auto-lowbit' chooses by"), (["--scheme", "auto-lowbit", "--times", str(out)], "these are no layer times"),
+        (["--scheme", "auto-lowbit", "--times", str(tmp_path / "no.json")], "no file of times can be read there"),
+        (["--scheme", "int8", "--int8", "0", "--times", str(times)], "int8= keeps layers of a low-bit scheme in 8 bits"),
+    ):  # fmt: skip
+        assert cli.main([*argv, *more]) == 2
+        assert text in capsys.readouterr().err
 
 
 def test_the_state_of_torch_stays() -> None:
