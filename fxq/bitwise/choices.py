@@ -38,12 +38,14 @@ class Choice:
     Attributes:
         form: of the result.
         reads: operands (nodes of the converted graph) and the forms that they are read in.
-        make: makers of the modules, one behind the other; the first takes the operands. None: the result is the operand itself.
+        make: maker of the module; without one the result is the operand itself.
+        pools: max pools of the (float) operand in front of the module; steps share them.
     """
 
     form: Form
     reads: list[tuple[Node, Form]]
-    make: list[Callable[[], nn.Module]]
+    make: Callable[[], nn.Module] | None
+    pools: tuple[code_modules.FloatMaxPool, ...] = ()
 
 
 @dataclass(eq=False)
@@ -141,7 +143,7 @@ class Chooser:
         floats = step.kind in ("max_pool", "resize", "pad")
         fill = int(numerics.quantize(torch.zeros(()), self.grid(sources[0]))) if step.kind == "pad" else None
         index = step.index if step.kind == "split" else None
-        return Choice(CODES, [(a, CODES) for a in sources], [lambda: code_modules.Mover(copy.deepcopy(step.module).eval(), floats, fill, index)])
+        return Choice(CODES, [(a, CODES) for a in sources], lambda: code_modules.Mover(copy.deepcopy(step.module).eval(), floats, fill, index))
 
     def _exactly(self, step: Step) -> Choice:
         """On codes: weighted layers by the runtime's kernel or by float32 sums of integers, everything else as the reference runs it."""
@@ -149,11 +151,11 @@ class Chooser:
             source, grid, out = step.operands[0], self.grid(step.operands[0]), self.out(step)
             parts = code_modules.parts_of(step.module, grid)
             if int8_layers.takes(step.module, grid, out):
-                return Choice(FLOAT if step.gives_float else CODES, [(source, CODES)], [_maker(int8_layers.Int8Layer, step.module, grid, out)])
+                return Choice(FLOAT if step.gives_float else CODES, [(source, CODES)], _maker(int8_layers.Int8Layer, step.module, grid, out))
             if parts is not None:
                 made = _maker(code_modules.IntegerLayer, step.module, grid, out, parts)
-                return Choice(FLOAT if step.gives_float else CODES, [(source, CODES)], [made])
-        return Choice(FLOAT if step.gives_float else CODES, [(n, CODES) for n in step.operands if isinstance(n, Node)], [lambda: self._codes_op(step)])
+                return Choice(FLOAT if step.gives_float else CODES, [(source, CODES)], made)
+        return Choice(FLOAT if step.gives_float else CODES, [(n, CODES) for n in step.operands if isinstance(n, Node)], lambda: self._codes_op(step))
 
     def _codes_op(self, step: Step) -> code_modules.CodesOp:
         inputs = [self.grid(a) if isinstance(a, Node) else a for a in step.operands]
@@ -182,7 +184,7 @@ class Chooser:
 
         axis_out = len(shape(step.result)) - 1 if layer.linear else 1
         form = {"codes": CODES, "float": FLOAT}.get(end.kind, Form("bits", axis_out))
-        return Choice(form, [(source, Form("bits", axis))], [make])
+        return Choice(form, [(source, Form("bits", axis))], make)
 
     def _flattened(self, n: Node) -> Node | None:
         """What a ``fake_quantize`` node flattens from ``[B, C, H, W]`` to ``[B, C H W]`` on one grid, more than one place a channel."""
@@ -200,22 +202,19 @@ class Chooser:
         return out is not None and all(isinstance(a, Node) and self.grid(a).same_grid(out) for a in step.operands)
 
     def _quantize(self, step: Step, axis: int | None) -> Choice:
-        """A float value onto a grid: the max pools and ReLUs in front of it go behind it, or into it; all of them are monotone."""
+        """A float value onto a grid. The ReLUs and max pools in front of it are monotone as it is: pools come first, channels last; ReLUs go into it."""
         source, out = step.operands[0], self.out(step)
         assert isinstance(source, Node) and out is not None
-        pools: list[Any] = []
+        pools: list[code_modules.FloatMaxPool] = []
         relu = False
         while layers.is_code(out.spec) and out.scale.ndim == 0 and self._pulled(source):
             relu |= kind(self.gm, source) == "relu"
-            pools += [module_of(self.gm, source)] if kind(self.gm, source) == "max_pool" else []
+            pools += [code_modules.FloatMaxPool(module_of(self.gm, source), 2)] if kind(self.gm, source) == "max_pool" else []
             source = source.all_input_nodes[0]
-        if axis is None or (pools and axis != 1):
-            first: Callable[[], nn.Module] = lambda: code_modules.Quantize(out, relu)  # noqa: E731
-            return Choice(CODES, [(source, FLOAT)], [first, *(_maker(code_modules.CodeMaxPool, p, 2) for p in reversed(pools))])
+        if axis is None:
+            return Choice(CODES, [(source, FLOAT)], _maker(code_modules.Quantize, out, relu), tuple(reversed(pools)))
         cut = thresholds.of_floats(lambda v: numerics.quantize(v.relu() if relu else v, out))
-        pack = _maker(modules.Pack, cut, layers.PLANES[out.spec.kind], axis)
-        channels = shape(source)[1]
-        return Choice(Form("bits", axis), [(source, FLOAT)], [pack, *(_maker(modules.BitMaxPool, p, 2, channels) for p in reversed(pools))])
+        return Choice(Form("bits", axis), [(source, FLOAT)], _maker(modules.Pack, cut, layers.PLANES[out.spec.kind], axis), tuple(reversed(pools)))
 
     def _pulled(self, n: Node) -> bool:
         """A float ReLU, or max pool over rows and columns, whose values are only rounded to 8 bits or less."""
@@ -244,9 +243,9 @@ class Chooser:
             return None
         if axis == 1:
             channels = self.channels(step.result, 1)
-            return Choice(Form("bits", 1), [(source, Form("bits", 1))], [_maker(modules.BitMaxPool, step.module, rank, channels)])
+            return Choice(Form("bits", 1), [(source, Form("bits", 1))], _maker(modules.BitMaxPool, step.module, rank, channels))
         codes = rank == 2 and layers.is_code(self.grid(source).spec)
-        return Choice(CODES, [(source, CODES)], [_maker(code_modules.CodeMaxPool, step.module, 2)]) if codes else None
+        return Choice(CODES, [(source, CODES)], _maker(code_modules.CodeMaxPool, step.module, 2)) if codes else None
 
     def _reshape(self, step: Step, axis: int | None) -> Choice | None:
         source = step.operands[0]
@@ -254,7 +253,7 @@ class Chooser:
         before, after = shape(source), shape(step.result)
         pixel = len(before) in (3, 4) and before[:2] == after and all(s == 1 for s in before[2:])
         if axis == 1 and pixel and self._same(step):
-            return Choice(Form("bits", 1), [(source, Form("bits", 1))], [modules.Squeeze])
+            return Choice(Form("bits", 1), [(source, Form("bits", 1))], modules.Squeeze)
         return None
 
     def _index_select(self, step: Step, axis: int | None) -> Choice | None:
@@ -268,8 +267,8 @@ class Chooser:
         way = self._way_to_layer(source, axis)
         if way is not None:
             self.turned.update(dict.fromkeys(way, module.indices))
-            return Choice(form, [(source, form)], [])
-        return Choice(form, [(source, form)], [_maker(modules.BitSelect, shape(source)[axis], module.indices)])
+            return Choice(form, [(source, form)], None)
+        return Choice(form, [(source, form)], _maker(modules.BitSelect, shape(source)[axis], module.indices))
 
     def _way_to_layer(self, n: Node, axis: int) -> list[Node] | None:
         """The steps from ``n`` back to a layer on bits of one group, when nobody else reads any of them: max pools do not mix channels."""
@@ -296,7 +295,7 @@ class Chooser:
         if axis is None or module.dim % len(shape(step.result)) != axis or not self._same(step):
             return None
         sources = [a for a in step.operands if isinstance(a, Node)]
-        return Choice(Form("bits", axis), [(a, Form("bits", axis)) for a in sources], [_maker(modules.BitCat, [shape(a)[axis] for a in sources])])
+        return Choice(Form("bits", axis), [(a, Form("bits", axis)) for a in sources], _maker(modules.BitCat, [shape(a)[axis] for a in sources]))
 
     def _add(self, step: Step, axis: int | None) -> Choice | None:
         out = self.out(step)
@@ -308,7 +307,7 @@ class Chooser:
         fits = all(q.spec.kind == "affine" and q.spec.dtype == torch.uint8 and q.scale.ndim == 0 for q in grids)
         if not fits or shape(a) != shape(b) or a.meta["dynamic"] != b.meta["dynamic"]:
             return None
-        return Choice(CODES, [(a, CODES), (b, CODES)], [lambda: code_modules.CodeAdd(self._codes_op(step), *grids)])
+        return Choice(CODES, [(a, CODES), (b, CODES)], lambda: code_modules.CodeAdd(self._codes_op(step), *grids))
 
     def _global_avg_pool(self, step: Step, axis: int | None) -> Choice | None:
         source, out = step.operands[0], self.out(step)
@@ -316,7 +315,7 @@ class Chooser:
         qp = self.grid(source)
         if not layers.is_code(qp.spec) or qp.scale.ndim or out.scale.ndim or out.spec.kind == "binary":
             return None
-        return Choice(CODES, [(source, CODES)], [lambda: code_modules.GlobalPool(self._codes_op(step), qp, out)])
+        return Choice(CODES, [(source, CODES)], lambda: code_modules.GlobalPool(self._codes_op(step), qp, out))
 
     def _pointwise(self, step: Step, axis: int | None) -> Choice | None:
         """A function of one code as a table, or as thresholds."""
@@ -333,8 +332,8 @@ class Chooser:
         cut = thresholds.of_codes(codes, qp.spec.qmin) if axis is not None else None
         if cut is not None and axis is not None:
             pack = _maker(modules.Pack, cut, layers.PLANES[out.spec.kind], axis)
-            return Choice(Form("bits", axis), [(sources[0], CODES)], [pack])
-        return Choice(CODES, [(sources[0], CODES)], [_maker(code_modules.CodeTable, codes, qp.spec.qmin)])
+            return Choice(Form("bits", axis), [(sources[0], CODES)], pack)
+        return Choice(CODES, [(sources[0], CODES)], _maker(code_modules.CodeTable, codes, qp.spec.qmin))
 
     def _table(self, step: Step, qp: QParams) -> Tensor:
         """The step's results for all codes of the grid ``qp``."""

@@ -29,6 +29,16 @@ class CodeMaxPool(Pool):
         return out
 
 
+class FloatMaxPool(Pool):
+    """``MaxPool2d`` of float32 values whose readers want them channels last in memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            x = x.to(torch.float32)
+        out: Tensor = ops.float_max_pool(x, *self.window, self.ceil_mode)
+        return out
+
+
 class Quantize(nn.Module):
     """Codes of float values, behind a ReLU if ``relu``; of four dimensions they lie in memory channels last."""
 

@@ -80,6 +80,7 @@ class _Writer:
         self.out = GraphModule(nn.Module(), Graph(), "BitGraph").eval()
         self.graph = self.out.graph
         self.made: dict[tuple[Node, Form], Node] = {}
+        self.pooled: dict[tuple[Node, Any], Node] = {}
         self.values: dict[str, Value] = {}
 
     def write(self) -> Lowered:
@@ -105,11 +106,14 @@ class _Writer:
     def _step(self, n: Node, name: str) -> None:
         choice = self.chooser.choices[n]
         args = [self._value(operand, form) for operand, form in choice.reads]
-        for i, make in enumerate(choice.make):
-            last = i == len(choice.make) - 1
-            args = [self._call(name if last else f"{name}_{'quantized' if i == 0 else f'pooled_{i}'}", make(), args)]
+        for pool in choice.pools:
+            key = args[0], pool.key
+            if key not in self.pooled:
+                self.pooled[key] = self._call(f"{name}_pooled", pool, args)
+            args = [self.pooled[key]]
         node = args[0]
-        if choice.make:
+        if choice.make is not None:
+            node = self._call(name, choice.make(), args)
             node.meta.update(step=name, form=str(choice.form.kind))
             if choice.form.kind != "bits":
                 g.copy_shape(n, node)

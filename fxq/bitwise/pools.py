@@ -28,6 +28,11 @@ class Pool(nn.Module):
         self.window = [rows_and_columns(v, rank, fill) for v, fill in ((pool.kernel_size, 1), (pool.stride, 1), (pool.padding, 0), (pool.dilation, 1))]
         self.ceil_mode = bool(pool.ceil_mode)
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for pools of equal windows."""
+        return (*map(tuple, self.window), self.ceil_mode)
+
     def extra_repr(self) -> str:
         k, s, p, d = self.window
         return f"kernel={k}, stride={s}, padding={p}, dilation={d}, ceil_mode={self.ceil_mode}"

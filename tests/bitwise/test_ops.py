@@ -95,6 +95,9 @@ def test_max_pools(numbers: tuple[int, ...], ceil: bool, data: Any) -> None:
         shifted = (x + (0 if dtype == torch.int8 else 1)).to(dtype)
         found = ops.code_max_pool(shifted, *window)
         assert torch.equal(found.float() - (0 if dtype == torch.int8 else 1), wanted)
+    for v in (x.float(), x.float().contiguous(memory_format=torch.channels_last)):
+        assert torch.equal(ops.float_max_pool(v, *window), wanted)
+    torch.library.opcheck(ops.float_max_pool.op, (x.float(), *window), test_utils=CHECKS)  # type: ignore[arg-type]
     torch.library.opcheck(ops.bit_max_pool.op, (packed(x, planes, 1), 5, *window), test_utils=CHECKS)  # type: ignore[arg-type]
     torch.library.opcheck(ops.code_max_pool.op, (x, *window), test_utils=CHECKS)  # type: ignore[arg-type]
 
