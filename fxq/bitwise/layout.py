@@ -14,47 +14,22 @@ from typing import Any
 
 import numpy as np
 
+from fxq.bitwise.bits import WORD, Array, Pair, pack_bits, popcount, unpack_bits, words_of
+from fxq.bitwise.checks import check_conv, check_pack, check_packed, check_window, pool_size
 from fxq.errors import FxqError
 
-WORD = 64
+__all__ = [
+    "AddConstants", "Array", "Borders", "Epilogue", "Layer", "Pair", "as_padding", "borders", "check_conv", "check_pack", "check_packed", "codes_epilogue",
+    "float_epilogue", "int32_epilogue", "pack_bits", "pack_layer", "pool_size", "popcount", "sign_epilogue", "tap_sums", "ternary_epilogue", "unpack_bits",
+    "words_of",
+]  # fmt: skip
+
 LANES, TAIL = 32, 8
 """Output channels of a block of weights, and of the blocks that hold the rest."""
 
 INT32 = np.iinfo(np.int32)
-FAR = 1 << 16
-"""Greatest size, step or padding of a window."""
 CHUNK = 1 << 21
 """Elements of a temporary array that functions of numpy may make at once."""
-
-Array = np.ndarray[Any, Any]
-Pair = tuple[int, int]
-
-
-def words_of(channels: int) -> int:
-    """Words that hold one bit a channel."""
-    return -(-channels // WORD)
-
-
-def popcount(x: Array) -> Array:
-    """Set bits of each uint64 word, uint8."""
-    if hasattr(np, "bitwise_count"):
-        return np.bitwise_count(x)
-    byte = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)  # numpy 1
-    return np.asarray(byte[np.ascontiguousarray(x)[..., None].view(np.uint8)].sum(-1, dtype=np.uint8))
-
-
-def pack_bits(bits: Array) -> Array:
-    """Booleans ``[..., C]`` as words ``[..., ceil(C / 64)]``, uint64."""
-    *lead, channels = bits.shape
-    raw = np.zeros((*lead, words_of(channels) * 8), np.uint8)
-    raw[..., : -(-channels // 8)] = np.packbits(bits, axis=-1, bitorder="little")
-    return raw.view("<u8").astype(np.uint64, copy=False)
-
-
-def unpack_bits(words: Array, channels: int) -> Array:
-    """The inverse of :func:`pack_bits`, uint8 0 or 1."""
-    raw = np.ascontiguousarray(words).astype("<u8", copy=False).view(np.uint8)
-    return np.unpackbits(raw, axis=-1, count=channels, bitorder="little")
 
 
 # ---------------------------------------------------------------- weights
@@ -70,7 +45,7 @@ class Layer:
         words: uint64, all blocks one behind the other.
         blocks: int64 ``[n, 5]``, a row a block: first output channel, lanes, first word of the input, words, offset in ``words``.
             Of tap ``t``, word ``w`` and plane ``p`` it holds ``words[offset + ((p * taps + t) * words + w) * lanes + lane]``; plane 0 is
-            ``weight = +1``, plane 1 (of a masked layer) ``weight != 0``.
+            ``weight = +1``, plane 1 (of a masked layer) ``weight != 0``. Taps and words as of ``steps``.
         channels, outputs: input and output channels.
         groups: of channels.
         kernel, stride, dilation: rows, columns.
@@ -92,7 +67,7 @@ class Layer:
     cache: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        _check_geometry(self.kernel, self.stride, self.dilation, self.padding)
+        check_window(self.kernel, self.stride, self.dilation, self.padding)
         _check_blocks(self)
 
     @property
@@ -101,9 +76,17 @@ class Layer:
         return self.kernel[0] * self.kernel[1]
 
     @property
-    def in_words(self) -> int:
-        """Words of an input position."""
-        return words_of(self.channels)
+    def gathered(self) -> bool:
+        """Groups that do not end with a word: their kernels read, for each output position, words in which the bits of all taps of a group stand one behind
+        the other (:func:`group_words` of them), as if the layer had one tap. Otherwise they would share words, which a mask would have to sort out."""
+        return gathers(self.channels // self.groups, self.outputs // self.groups, self.groups)
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """Taps of the blocks and words of each position that they read: those of the input, or (``gathered``) one and the groups' words."""
+        if self.gathered:
+            return 1, self.groups * group_words(self.channels // self.groups, self.taps)
+        return self.taps, words_of(self.channels)
 
     @property
     def lanes(self) -> int:
@@ -128,15 +111,14 @@ class Layer:
         return oh, ow
 
 
-def _check_geometry(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], padding: Sequence[int]) -> None:
-    """Raises:
-    FxqError: for windows of no size, steps that are not positive, or absurd padding.
-    """
-    if min(*kernel, *stride, *dilation) < 1 or min(padding) < 0 or max(*kernel, *stride, *dilation, *padding) > FAR:
-        raise FxqError(
-            f"kernel {list(kernel)}, stride {list(stride)}, dilation {list(dilation)} and padding {list(padding)} do not make a window",
-            way_out=f"Sizes are 1 to {FAR}, paddings 0 to {FAR}",
-        )
+def group_words(per_group: int, taps: int) -> int:
+    """Words of one group of a gathered layer."""
+    return words_of(per_group * taps)
+
+
+def gathers(per_group: int, outputs: int, groups: int) -> bool:
+    """Whether groups of ``per_group`` inputs and ``outputs`` outputs are gathered; takes half the bytes of shared words at most."""
+    return groups > 1 and per_group % WORD != 0 and outputs % TAIL == 0
 
 
 def _check_blocks(layer: Layer) -> None:
@@ -147,9 +129,10 @@ def _check_blocks(layer: Layer) -> None:
     fine = flat.dtype == np.uint64 and flat.ndim == 1 and flat.flags.c_contiguous and rows.dtype == np.int64 and rows.ndim == 2 and rows.shape[1] == 5
     fine = fine and len(rows) > 0 and 1 <= layer.groups <= layer.channels and layer.channels % layer.groups == 0 and layer.outputs % layer.groups == 0
     expected, offset, planes = 0, 0, 2 if layer.masked else 1
+    taps, in_words = layer.steps if fine else (0, 0)
     for n0, lanes, word0, words, start in rows.tolist() if fine else ():
-        fine = fine and n0 == expected and lanes in (LANES, TAIL) and word0 >= 0 and words >= 1 and word0 + words <= layer.in_words and start == offset
-        expected, offset = expected + lanes, offset + planes * layer.taps * words * lanes
+        fine = fine and n0 == expected and lanes in (LANES, TAIL) and word0 >= 0 and words >= 1 and word0 + words <= in_words and start == offset
+        expected, offset = expected + lanes, offset + planes * taps * words * lanes
     if not fine or offset != len(flat) or not 0 <= expected - layer.outputs < TAIL:
         raise FxqError("packed weights contradict their table of blocks", way_out="Pack the layer with fxq.bitwise.layout.pack_layer")
 
@@ -193,14 +176,15 @@ def pack_layer(
         raise FxqError(f"weights of shape {list(codes.shape)} in {groups} groups cannot be packed", way_out="Pass [N, C / groups, rows, columns]")
     if codes.min() < -1 or codes.max() > 1:
         raise FxqError("weights hold other codes than -1, 0 and 1", way_out="Leave the layer in int8 or float")
-    plan, masked = _blocks(codes.shape[0], codes.shape[1], groups)
+    gathered = gathers(codes.shape[1], codes.shape[0] // groups, groups)
+    plan, masked = _blocks(codes, groups, gathered)
     masked = masked or bool((codes == 0).any())
-    taps, parts, rows, offset = codes.shape[2] * codes.shape[3], [], [], 0
-    for n0, lanes, word0, words in plan:
-        block = _block(codes, groups, (n0, lanes, word0, words), masked)
+    parts, rows, offset = [], [], 0
+    for place in plan:
+        block = _block(codes, groups, place, masked, gathered)
         parts.append(block.reshape(-1))
-        rows.append((n0, lanes, word0, words, offset))
-        offset += (2 if masked else 1) * taps * words * lanes
+        rows.append((*place, offset))
+        offset += block.size
     kernel = (codes.shape[2], codes.shape[3])
     return Layer(
         np.concatenate(parts), np.array(rows, np.int64), codes.shape[1] * groups, codes.shape[0], groups, kernel,
@@ -208,10 +192,11 @@ def pack_layer(
     )  # fmt: skip
 
 
-def _blocks(n: int, per_group: int, groups: int) -> tuple[list[tuple[int, int, int, int]], bool]:
+def _blocks(codes: Array, groups: int, gathered: bool) -> tuple[list[tuple[int, int, int, int]], bool]:
     """First channel, lanes, first word and words of each block, and whether groups must be masked."""
-    outs = n // groups
-    whole = per_group % WORD == 0 and outs % TAIL == 0
+    n, per_group, kh, kw = codes.shape
+    outs, stored = n // groups, group_words(per_group, kh * kw) * WORD if gathered else per_group
+    whole = gathered or per_group % WORD == 0 and outs % TAIL == 0
     parts = [(g * outs, outs) for g in range(groups)] if groups == 1 or whole else [(0, n)]
     plan = []
     for start, count in parts:
@@ -220,20 +205,25 @@ def _blocks(n: int, per_group: int, groups: int) -> tuple[list[tuple[int, int, i
         n0 = start
         for lanes in sizes:
             first, last = n0 // outs, (min(n0 + lanes, n) - 1) // outs
-            word0 = first * per_group // WORD
-            plan.append((n0, lanes, word0, words_of((last + 1) * per_group) - word0))
+            word0 = first * stored // WORD
+            plan.append((n0, lanes, word0, words_of((last + 1) * stored) - word0))
             n0 += lanes
     return plan, groups > 1 and not whole
 
 
-def _block(codes: Array, groups: int, place: tuple[int, int, int, int], masked: bool) -> Array:
+def _block(codes: Array, groups: int, place: tuple[int, int, int, int], masked: bool, gathered: bool) -> Array:
     """Words ``[planes, taps, words, lanes]`` of one block."""
     n0, lanes, word0, words = place
     n, per_group, kh, kw = codes.shape
-    spread = np.zeros((lanes, kh * kw, words * WORD), np.int8)
+    taps = kh * kw
+    spread = np.zeros((lanes, 1 if gathered else taps, words * WORD), np.int8)
     for lane in range(min(lanes, n - n0)):
-        at = (n0 + lane) // (n // groups) * per_group - word0 * WORD
-        spread[lane, :, at : at + per_group] = codes[n0 + lane].reshape(per_group, -1).T
+        mine = codes[n0 + lane].reshape(per_group, taps).T
+        if gathered:
+            spread[lane, 0, : mine.size] = mine.reshape(-1)
+        else:
+            at = (n0 + lane) // (n // groups) * per_group - word0 * WORD
+            spread[lane, :, at : at + per_group] = mine
     planes = [spread > 0, spread != 0] if masked else [spread > 0]
     return np.stack([pack_bits(p).transpose(1, 2, 0) for p in planes])
 
@@ -264,15 +254,18 @@ def _missing(size: int, out: int, k: int, stride: int, before: int, dilation: in
 
 def tap_sums(layer: Layer) -> tuple[Array, Array]:
     """Sum of the weights of each tap, int32 ``[lanes, kh, kw]``, and how many are not 0, int32 ``[lanes]``; read from the packed words."""
+    per_group = layer.channels // layer.groups
     sums, count = np.zeros((layer.lanes, layer.taps), np.int32), np.zeros(layer.lanes, np.int32)
+    taps, _ = layer.steps
     for n0, lanes, _, words, offset in layer.blocks.tolist():
-        size = layer.taps * words * lanes
-        plus = popcount(layer.words[offset : offset + size].reshape(layer.taps, words, lanes)).sum(1, dtype=np.int32)
-        if layer.masked:
-            some = popcount(layer.words[offset + size : offset + 2 * size].reshape(layer.taps, words, lanes)).sum(1, dtype=np.int32)
+        size = taps * words * lanes
+        planes = [layer.words[at : at + size].reshape(taps, words, lanes) for at in range(offset, offset + size * (1 + layer.masked), size)]
+        if layer.gathered:
+            bits = [unpack_bits(p[0].T, layer.taps * per_group).reshape(lanes, layer.taps, per_group).sum(2, dtype=np.int32) for p in planes]
         else:
-            some = np.full_like(plus, layer.channels // layer.groups)
-        sums[n0 : n0 + lanes], count[n0 : n0 + lanes] = (2 * plus - some).T, some.sum(0)
+            bits = [popcount(p).sum(1, dtype=np.int32).T for p in planes]
+        some = bits[1] if layer.masked else np.full_like(bits[0], per_group)
+        sums[n0 : n0 + lanes], count[n0 : n0 + lanes] = 2 * bits[0] - some, some.sum(1)
     return sums.reshape(layer.lanes, *layer.kernel), count
 
 
@@ -363,93 +356,6 @@ def codes_epilogue(layer: Layer, mult: Any, bias: Any, scale: Any, *, qmin: int,
     """Codes of a grid: ``rne(clip(float32(mult * dot + bias) * scale, qmin - zero, qmax - zero)) + zero``; int8 where ``qmin < 0``, else uint8."""
     f = float_epilogue(layer, mult, bias, scale)
     return Epilogue("codes", None, None, f.mult, f.bias, f.scale, float(qmin - zero), float(qmax - zero), float(zero), qmin < 0)
-
-
-# ---------------------------------------------------------------- checks
-
-
-def check_packed(x: Array, channels: int | None = None) -> None:
-    """Raises:
-    FxqError: when ``x`` is no packed tensor (of ``channels``).
-    """
-    if x.dtype != np.uint64 or x.ndim != 5 or x.shape[0] not in (1, 2):
-        raise FxqError(f"an array of {x.dtype} {list(x.shape)} is not packed", way_out="Pass uint64 [1 or 2 planes, batch, rows, columns, words]")
-    if channels is not None and x.shape[-1] != words_of(channels):
-        raise FxqError(f"{x.shape[-1]} words do not hold {channels} channels", way_out=f"Pass {words_of(channels)} words a position")
-
-
-def check_conv(x: Array, layer: Layer, epilogue: Epilogue) -> None:
-    """Raises:
-    FxqError: when input, layer and epilogue do not fit.
-    """
-    check_packed(x, layer.channels)
-    e = epilogue
-    needed = {"sign": [e.hi], "ternary": [e.hi, e.lo], "int32": [e.mult, e.bias], "float": [e.mult, e.bias, e.scale], "codes": [e.mult, e.bias, e.scale]}
-    tables = needed.get(e.kind, [None])
-    if any(t is None or t.shape != (layer.lanes,) or t.dtype != (np.float32 if t is e.scale else np.int32) for t in tables):
-        raise FxqError(f"the {epilogue.kind} epilogue is not one of this layer", way_out="Make it with the functions of fxq.bitwise.layout")
-
-
-def check_pack(x: Array, planes: int) -> None:
-    """Raises:
-    FxqError: when ``x`` cannot be packed.
-    """
-    if x.ndim != 3 or x.dtype not in (np.float32, np.uint8, np.int8) or planes not in (1, 2):
-        raise FxqError(
-            f"an array of {x.dtype} {list(x.shape)} cannot be packed in {planes} planes", way_out="Pass float32, uint8 or int8 of 3 dimensions, 1 or 2 planes"
-        )
-
-
-def pool_size(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
-    """Output positions of a pooling along one dimension, as torch counts them."""
-    span = size + 2 * padding - dilation * (kernel - 1) - 1
-    out = (span + (stride - 1 if ceil_mode else 0)) // stride + 1
-    return out - 1 if ceil_mode and (out - 1) * stride >= size + padding else out
-
-
-def pool_geometry(x: Array, channels: int, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool) -> Pair:
-    """Rows and columns of a pooled packed tensor.
-
-    Raises:
-        FxqError: when ``x`` is not packed or a window does not fit.
-    """
-    check_packed(x, channels)
-    return _windows(x.shape[2:4], kernel, stride, padding, dilation, ceil_mode)
-
-
-def code_pool_geometry(x: Array, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool) -> Pair:
-    """Rows and columns of pooled codes ``[B, H, W, C]``.
-
-    Raises:
-        FxqError: when ``x`` is no such array or a window does not fit.
-    """
-    if x.ndim != 4 or x.dtype not in (np.uint8, np.int8):
-        raise FxqError(f"an array of {x.dtype} {list(x.shape)} cannot be pooled", way_out="Pass uint8 or int8 [batch, rows, columns, channels]")
-    return _windows(x.shape[1:3], kernel, stride, padding, dilation, ceil_mode)
-
-
-def _windows(size: Sequence[int], kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool) -> Pair:
-    _check_geometry(kernel, stride, dilation, padding)
-    oh, ow = (pool_size(size[i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1))
-    if oh < 1 or ow < 1 or any(2 * padding[i] > kernel[i] for i in (0, 1)):
-        raise FxqError(f"a window of {kernel[0]}x{kernel[1]} does not fit into an input of {size[0]}x{size[1]}", way_out="Pass larger inputs")
-    return oh, ow
-
-
-def check_codes(a: Array, b: Array) -> None:
-    """Raises:
-    FxqError: unless both are uint8 of one shape.
-    """
-    if a.dtype != np.uint8 or b.dtype != np.uint8 or a.shape != b.shape:
-        raise FxqError(f"{a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)} are no codes of one shape", way_out="Pass uint8 arrays of one shape")
-
-
-def check_quantize(x: Array) -> None:
-    """Raises:
-    FxqError: unless ``x`` is float32 of 3 dimensions.
-    """
-    if x.dtype != np.float32 or x.ndim != 3:
-        raise FxqError(f"an array of {x.dtype} {list(x.shape)} cannot be quantized", way_out="Pass float32 [B, C, S] or [B, S, C]")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from numba.extending import overload
 
 from fxq.bitwise import tiles
 from fxq.bitwise.numba_compile import OPTIONS, helper
-from fxq.bitwise.tiles import add_codes, copy, fetch_add, load8, load64, store8, store64, unpack_word, zero
+from fxq.bitwise.tiles import add_codes, copy, fetch_add, load8, load64, move8, move16, move32, store8, store64, unpack_word, zero
 
 # Offsets in the description, in bytes.
 UNITS, A, B, C, D, E, F, G, H, IMAGE, J, K = range(8, 104, 8)
@@ -248,3 +248,53 @@ def quantize(d):  # type: ignore[no-untyped-def]
             for c in range(channels):
                 quantize1(x + 4 * (c * places + place), constants, out + place * channels + c)
             place += 1
+
+
+@helper
+def gather(d):  # type: ignore[no-untyped-def]
+    """Bits of all taps of a group one behind the other. A to G as of ``max_pool``, H its geometry and channels of a group, groups, words of a group,
+    IMAGE out, J bytes to its plane 1, K planes. A unit is an output row."""
+    words, height, width, oh, ow, g = load64(d + C), load64(d + D), load64(d + E), load64(d + F), load64(d + G), load64(d + H)
+    size, groups, stored = load64(g + 64), load64(g + 72), load64(g + 80)
+    while True:
+        unit = fetch_add(d, 1)
+        if unit >= load64(d + UNITS):
+            break
+        image, oy = unit // oh, unit % oh
+        for plane in range(load64(d + K)):
+            source, to = load64(d + A) + plane * load64(d + B), load64(d + IMAGE) + plane * load64(d + J) + unit * ow * groups * stored * 8
+            zero(to, ow * groups * stored * 8)
+            for ox in range(ow):
+                for i in range(load64(g)):
+                    y = oy * load64(g + 8) - load64(g + 16) + i * load64(g + 24)
+                    if y < 0 or y >= height:
+                        continue
+                    for j in range(load64(g + 32)):
+                        x = ox * load64(g + 40) - load64(g + 48) + j * load64(g + 56)
+                        if x >= 0 and x < width:
+                            at = source + ((image * height + y) * width + x) * words * 8
+                            _move_groups(at, to + ox * groups * stored * 8, i * load64(g + 32) + j, size, groups, stored)
+
+
+@helper
+def _move_groups(source, to, tap, size, groups, stored):  # type: ignore[no-untyped-def]
+    """The bits of one position, ``size`` a group, to those of a tap."""
+    if size == 16:
+        for group in range(groups):
+            move16(to + group * stored * 8 + tap * 2, source + group * 2)
+    elif size == 32:
+        for group in range(groups):
+            move32(to + group * stored * 8 + tap * 4, source + group * 4)
+    elif size == 8:
+        for group in range(groups):
+            move8(to + group * stored * 8 + tap, source + group)
+    else:
+        for group in range(groups):
+            done = 0
+            while done < size:
+                a, b = group * size + done, tap * size + done
+                n = min(size - done, min(64 - a % 64, 64 - b % 64))
+                mask = -1 if n == 64 else (1 << n) - 1
+                out = to + (group * stored + b // 64) * 8
+                store64(out, load64(out) | (((load64(source + a // 64 * 8) >> (a % 64)) & mask) << (b % 64)))
+                done += n

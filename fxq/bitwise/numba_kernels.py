@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from fxq.bitwise import layout, numba_codes, tiles
+from fxq.bitwise import checks, layout, numba_codes, tiles
 from fxq.bitwise import numba_conv as c
 from fxq.bitwise import threads as workers
-from fxq.bitwise.layout import AddConstants, Epilogue, Layer, Pair
+from fxq.bitwise.bits import Array, Pair, words_of
+from fxq.bitwise.layout import AddConstants, Epilogue, Layer
 from fxq.bitwise.numba_compile import KERNELS, Kernel, address, compiled
 from fxq.bitwise.numpy_kernels import result_shape
 
 PATH = tiles.PATH
-Array = np.ndarray[Any, Any]
 WORK = 1 << 18
 """Bytes that are read for each thread at least."""
 VECTORS = 1 << 15
@@ -49,6 +50,14 @@ def _unpack(digest: int) -> Callable[[Any], None]:
             numba_codes.unpack(d)
 
     return unpack_units
+
+
+def _gather_units(digest: int) -> Callable[[Any], None]:
+    def gather_units(d: Any) -> None:
+        if digest != 0:
+            numba_codes.gather(d)
+
+    return gather_units
 
 
 def _max_pool(digest: int) -> Callable[[Any], None]:
@@ -109,55 +118,83 @@ class _Scratch(threading.local):
 _SCRATCH = _Scratch()
 
 
+@dataclass(frozen=True)
+class _Windows:
+    """What the kernel sees of a layer and its input."""
+
+    batch: int
+    height: int
+    width: int
+    words: int
+    out: Pair
+    kernel: Pair = (1, 1)
+    stride: Pair = (1, 1)
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: Pair = (1, 1)
+
+    @property
+    def across(self) -> int:
+        """Words of a padded row."""
+        return (self.width + self.padding[2] + self.padding[3]) * self.words
+
+    @property
+    def extent(self) -> int:
+        """Input rows of one output row."""
+        return self.dilation[0] * (self.kernel[0] - 1) + 1
+
+
+def _windows(shape: tuple[int, ...], layer: Layer) -> tuple[_Windows, bool]:
+    """The windows, and whether their positions lie as in the output (for the border tables)."""
+    _, batch, h, w, words = shape
+    oh, ow = layer.out_size(h, w)
+    if layer.gathered:
+        return _Windows(batch, oh, ow, layer.steps[1], (oh, ow)), True
+    if layer.taps == 1 and layer.stride == (1, 1) and not any(layer.padding):  # a matrix product: every position is a row
+        return _Windows(1, batch * h * w, 1, words, (batch * h * w, 1)), False
+    return _Windows(batch, h, w, words, (oh, ow), layer.kernel, layer.stride, layer.padding, layer.dilation), True
+
+
 class _Plan:
-    """How a layer runs on inputs of one shape: the description without the addresses of a call."""
+    """How a layer runs on inputs of one shape: the description without the addresses of a call.
+
+    Attributes:
+        size: images, rows and columns of the output.
+        kernel, threads, scratch: what runs, in how many threads, with how many bytes for each.
+        result: the last epilogue and what the call needs of it.
+    """
 
     def __init__(self, shape: tuple[int, ...], layer: Layer, threads: int) -> None:
-        planes, batch, h, w, words = shape
-        oh, ow = layer.out_size(h, w)
-        self.size, self.kernel = (batch, oh, ow), compiled(("conv", planes, layer.masked), c.kernel(planes, int(layer.masked)))
-        work = batch * oh * ow * len(layer.words) // 8
-        self.threads = min(threads, max(1, work // VECTORS))
+        planes, in_place = shape[0], layer.out_size(shape[2], shape[3])
+        self.size, self.kernel = (shape[1], *in_place), compiled(("conv", planes, layer.masked), c.kernel(planes, int(layer.masked)))
+        self.threads = min(threads, max(1, shape[1] * in_place[0] * in_place[1] * len(layer.words) // 8 // VECTORS))
         self.description, self.kept = np.zeros(c.SIZE // 8, np.int64), list[Array]()
         self.result: tuple[Any, ...] = (None,)
-        top, _, left, right = layer.padding
-        copied, row_classes, column_classes = any(layer.padding), None, None
-        if not copied and layer.taps == 1 and layer.stride == (1, 1):  # a matrix product: every position is a row
-            h, w, oh, ow, batch, one = batch * h * w, 1, batch * oh * ow, 1, 1, True
-        else:
-            one = False
-        if planes == 1:
-            border = layout.borders(layer, shape[2], shape[3])
-            base, row_classes, column_classes = border.base, border.rows, border.columns
-        else:
-            base = np.zeros((1, layer.lanes), np.int32)
-        if planes == 2 or one:
-            row_classes, column_classes = np.zeros(oh, np.int32), np.zeros(ow, np.int32)
-        (kh, kw), (sy, sx), (dy, dx) = layer.kernel, layer.stride, layer.dilation
-        across, extent = (w + left + right) * words, dy * (kh - 1) + 1
-        fit = max(1, (CACHE_BYTES // (8 * across * planes) - extent) // sy + 1)
-        unit_rows, groups = self._split(oh, ow, batch, fit, len(layer.blocks))
-        rows_in = (unit_rows - 1) * sy + extent
-        whole = 1 if dx == 1 else 0
-        row_offsets = [8 * (i * dy * across) for i in range(kh)]
-        if whole and kw * words == across and dy == 1:
-            row_offsets, row_words = [0], kh * kw * words
-        else:
-            row_words = kw * words
-        tap_offsets = [8 * (i * dy * across + j * dx * words) for i in range(kh) for j in range(kw)]
-        sizes = [c.SCRATCH, 8 * unit_rows * ow, 4 * unit_rows * ow, 4 * unit_rows * ow, 4 * rows_in * across // words if planes == 2 else 0]
+        v, as_output = _windows(shape, layer)
+        (oh, ow), (kh, kw), (dy, dx) = v.out, v.kernel, v.dilation
+        fit = max(1, (CACHE_BYTES // (8 * v.across * planes) - v.extent) // v.stride[0] + 1)
+        unit_rows, group = self._split(oh, ow, v.batch, fit, len(layer.blocks))
+        rows_in = (unit_rows - 1) * v.stride[0] + v.extent
+        sizes = [c.SCRATCH, 8 * unit_rows * ow, 4 * unit_rows * ow, 4 * unit_rows * ow, 4 * rows_in * v.across // v.words if planes == 2 else 0]
         at = np.cumsum([-(-s // 64) * 64 for s in sizes]).tolist()
-        self.scratch = at[-1] + (8 * rows_in * across * planes if copied else 0) + 64
+        self.scratch = at[-1] + (8 * rows_in * v.across * planes if any(v.padding) else 0) + 64
+        taps = [8 * (i * dy * v.across + j * dx * v.words) for i in range(kh) for j in range(kw)]
+        rows = taps[::kw] if dx == 1 else []  # their words stand one behind the other
+        if dy == 1 and rows and kw * v.words == v.across:
+            rows = rows[:1]
+        border = layout.borders(layer, shape[2], shape[3]) if planes == 1 else None
         self._put(
-            X_IMAGE=8 * h * w * words, HEIGHT=h, WIDTH=w, WORDS=words, COPIED=copied, TOP=top, LEFT=left, ROW=8 * across, EXTENT=extent, STRIDE_Y=sy,
-            STRIDE_X=sx, OUT_H=oh, OUT_W=ow, UNIT_ROWS=unit_rows, ROW_UNITS=-(-oh // unit_rows), GROUPS=-(-len(layer.blocks) // groups), GROUP=groups,
-            SCRATCH_SIZE=self.scratch, TABLE=at[0], CLASS=at[1], COUNT=at[2], BITS=at[3], ROWS=at[4], PLANE=8 * rows_in * across,
-            BLOCKS=layer.blocks, BLOCK_COUNT=len(layer.blocks), WEIGHTS=layer.words, TAPS=layer.taps, ROW_OFFSETS=row_offsets,
-            ROW_SEGMENTS=len(row_offsets) * whole, ROW_WORDS=row_words, TAP_OFFSETS=tap_offsets, PIXEL_OFFSETS=[v // (2 * words) for v in tap_offsets],
-            BASE=base, ROW_CLASS=row_classes, COLUMN_CLASS=column_classes, LANES=layer.lanes, OUTPUTS=layer.outputs,
+            X_IMAGE=8 * v.height * v.width * v.words, HEIGHT=v.height, WIDTH=v.width, WORDS=v.words, COPIED=any(v.padding), TOP=v.padding[0],
+            LEFT=v.padding[2], ROW=8 * v.across, EXTENT=v.extent, STRIDE_Y=v.stride[0], STRIDE_X=v.stride[1], OUT_H=oh, OUT_W=ow, UNIT_ROWS=unit_rows,
+            ROW_UNITS=-(-oh // unit_rows), GROUPS=-(-len(layer.blocks) // group), GROUP=group, SCRATCH_SIZE=self.scratch, TABLE=at[0], CLASS=at[1],
+            COUNT=at[2], BITS=at[3], ROWS=at[4], PLANE=8 * rows_in * v.across, BLOCKS=layer.blocks, BLOCK_COUNT=len(layer.blocks), WEIGHTS=layer.words,
+            TAPS=len(taps), ROW_OFFSETS=rows, ROW_SEGMENTS=len(rows), ROW_WORDS=kh * kw * v.words // max(1, len(rows)), TAP_OFFSETS=taps,
+            PIXEL_OFFSETS=[t // (2 * v.words) for t in taps], LANES=layer.lanes, OUTPUTS=layer.outputs,
+            BASE=border.base if border else np.zeros((1, layer.lanes), np.int32),
+            ROW_CLASS=border.rows if border and as_output else np.zeros(oh, np.int32),
+            COLUMN_CLASS=border.columns if border and as_output else np.zeros(ow, np.int32),
         )  # fmt: skip
         d = self.description
-        d[c.UNITS // 8] = batch * d[c.ROW_UNITS // 8] * d[c.GROUPS // 8]
+        d[c.UNITS // 8] = v.batch * d[c.ROW_UNITS // 8] * d[c.GROUPS // 8]
 
     def _put(self, **fields: Any) -> None:
         """Numbers, and the addresses of arrays."""
@@ -194,12 +231,14 @@ def _constants(e: Epilogue) -> list[int]:
 
 def conv(x: Array, layer: Layer, epilogue: Epilogue, threads: int = 1) -> Array:
     """Convolution of packed values, see :meth:`fxq.bitwise.engine.Engine.conv`."""
-    key = (x.shape, threads)
-    plan = layer.cache.get(key)
-    if plan is None or x.dtype is not U64 or plan.result[0] is not epilogue:
-        plan = _planned(x, layer, epilogue, threads)
-    _, shape, dtype, blank, fields = plan.result
+    plan: Any = layer.cache.get((x.shape, threads))
+    result: Any = plan.result if plan is not None and x.dtype is U64 else (None,)
+    if result[0] is not epilogue:
+        plan, result = _planned(x, layer, epilogue, threads)
+    _, shape, dtype, blank, fields = result
     x = np.ascontiguousarray(x)
+    if layer.gathered:
+        x = _gather(x, layer, plan.size[1:], plan.threads)
     out = np.zeros(shape, dtype) if blank else np.empty(shape, dtype)
     scratch, d = _SCRATCH.at_least(plan.scratch * plan.threads), plan.description.copy()
     d[_X], d[_X_PLANE], d[_OUT], d[_SCRATCH_AT] = address(x), x.nbytes // len(x), address(out), address(scratch)
@@ -212,9 +251,9 @@ U64 = np.dtype(np.uint64)
 _X, _X_PLANE, _OUT, _SCRATCH_AT, _FIELDS = c.X // 8, c.X_PLANE // 8, c.OUT // 8, c.SCRATCH_AT // 8, slice(c.OUT_PLANE // 8, c.SIZE // 8)
 
 
-def _planned(x: Array, layer: Layer, e: Epilogue, threads: int) -> _Plan:
+def _planned(x: Array, layer: Layer, e: Epilogue, threads: int) -> tuple[_Plan, tuple[Any, ...]]:
     """The plan of a call, made at the first one of its kind, with what the epilogue needs (that of the last call is kept)."""
-    layout.check_conv(x, layer, e)
+    checks.check_conv(x, layer, e)
     plan: _Plan | None = layer.cache.get((x.shape, threads))
     if plan is None:
         if len(layer.cache) > KEPT:
@@ -224,8 +263,21 @@ def _planned(x: Array, layer: Layer, e: Epilogue, threads: int) -> _Plan:
     plane = int(np.prod(shape[1:])) * 8 if e.planes else 0
     row = shape[-1] * np.dtype(dtype).itemsize
     fields = np.array([plane, row, *_constants(e)], np.int64)
-    plan.result = (e, shape, dtype, bool(e.planes and layer.outputs % 64), fields)
-    return plan
+    plan.result = result = (e, shape, dtype, bool(e.planes and layer.outputs % 64), fields)
+    return plan, result
+
+
+def _gather(x: Array, layer: Layer, size: tuple[int, ...], threads: int) -> Array:
+    """The words that a gathered layer reads, ``[P, B, OH, OW, groups * group_words]``."""
+    per_group = layer.channels // layer.groups
+    out = np.empty((*x.shape[:2], *size, layer.steps[1]), np.uint64)
+    (kh, kw), (sy, sx), (dy, dx), (top, _, left, _) = layer.kernel, layer.stride, layer.dilation, layer.padding
+    geometry = np.array([kh, sy, top, dy, kw, sx, left, dx, per_group, layer.groups, layer.steps[1] // layer.groups], np.int64)
+    _call(
+        KERNELS.get("gather") or compiled("gather", _gather_units), threads, x.shape[1] * size[0], address(x), x.nbytes // len(x), x.shape[4], x.shape[2],
+        x.shape[3], size[0], size[1], address(geometry), address(out), out.nbytes // len(out), len(x),
+    )  # fmt: skip
+    return out
 
 
 # ---------------------------------------------------------------- packing, codes
@@ -248,11 +300,11 @@ NAMES = {"f": "float32", "B": "uint8", "b": "int8"}
 
 def pack(x: Array, lo: float, hi: float, planes: int, channels_last: bool, threads: int = 1) -> Array:
     """Values against thresholds, see :meth:`fxq.bitwise.engine.Engine.pack`."""
-    layout.check_pack(x, planes)
+    checks.check_pack(x, planes)
     x = np.ascontiguousarray(x)
     batch, channels, places = (x.shape[0], x.shape[2], x.shape[1]) if channels_last else x.shape
     channels_last = channels_last or places == 1
-    words, kind = layout.words_of(channels), NAMES[x.dtype.char]
+    words, kind = words_of(channels), NAMES[x.dtype.char]
     out = np.empty((planes, batch, places, words), np.uint64)
     if not out.size:
         return out
@@ -272,7 +324,7 @@ def pack(x: Array, lo: float, hi: float, planes: int, channels_last: bool, threa
 
 def unpack(packed: Array, channels: int, threads: int = 1) -> Array:
     """Codes of packed values, see :meth:`fxq.bitwise.engine.Engine.unpack`."""
-    layout.check_packed(packed, channels)
+    checks.check_packed(packed, channels)
     packed = np.ascontiguousarray(packed)
     out = np.empty((*packed.shape[1:4], channels), np.int8)
     if not out.size:
@@ -291,7 +343,7 @@ def max_pool(
     packed: Array, channels: int, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair = (1, 1), ceil_mode: bool = False, threads: int = 1
 ) -> Array:
     """Maximum over windows, see :meth:`fxq.bitwise.engine.Engine.max_pool`."""
-    oh, ow = layout.pool_geometry(packed, channels, kernel, stride, padding, dilation, ceil_mode)
+    oh, ow = checks.pool_geometry(packed, channels, kernel, stride, padding, dilation, ceil_mode)
     packed = np.ascontiguousarray(packed)
     out = np.empty((*packed.shape[:2], oh, ow, packed.shape[4]), np.uint64)
     geometry = np.array([v[i] for i in (0, 1) for v in (kernel, stride, padding, dilation)], np.int64)
@@ -305,7 +357,7 @@ def max_pool(
 
 def code_pool(codes: Array, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair = (1, 1), ceil_mode: bool = False, threads: int = 1) -> Array:
     """Maximum of codes over windows, see :meth:`fxq.bitwise.engine.Engine.code_pool`."""
-    oh, ow = layout.code_pool_geometry(codes, kernel, stride, padding, dilation, ceil_mode)
+    oh, ow = checks.code_pool_geometry(codes, kernel, stride, padding, dilation, ceil_mode)
     codes = np.ascontiguousarray(codes)
     out = np.empty((codes.shape[0], oh, ow, codes.shape[3]), codes.dtype)
     geometry = np.array([v[i] for i in (0, 1) for v in (kernel, stride, padding, dilation)], np.int64)
@@ -319,7 +371,7 @@ def code_pool(codes: Array, kernel: Pair, stride: Pair, padding: Pair, dilation:
 
 def add(a: Array, b: Array, constants: AddConstants, threads: int = 1) -> Array:
     """Integer add, see :meth:`fxq.bitwise.engine.Engine.add`."""
-    layout.check_codes(a, b)
+    checks.check_codes(a, b)
     a, b, k = np.ascontiguousarray(a), np.ascontiguousarray(b), constants
     out, values = np.empty(a.shape, np.uint8), np.array([k.ra, k.rb, k.fixed, k.least, k.most], np.float32)
     threads, per_unit, units = _share(a.size, 8 * a.nbytes, threads, 64)
@@ -330,7 +382,7 @@ def add(a: Array, b: Array, constants: AddConstants, threads: int = 1) -> Array:
 
 def table(x: Array, values: Array, threads: int = 1) -> Array:
     """Table of codes, see :meth:`fxq.bitwise.engine.Engine.table`."""
-    layout.check_codes(x, x)
+    checks.check_codes(x, x)
     x, values, out = np.ascontiguousarray(x), np.ascontiguousarray(values), np.empty(x.shape, np.uint8)
     threads, per_unit, units = _share(x.size, 2 * x.nbytes, threads, 64)
     _call(compiled("table", _table), threads, units, address(x), address(values), 0, address(out), x.size, per_unit)
@@ -339,7 +391,7 @@ def table(x: Array, values: Array, threads: int = 1) -> Array:
 
 def quantize(x: Array, scale: float, zero: int, qmin: int, qmax: int, channels_last: bool, threads: int = 1) -> Array:
     """Codes of float values, see :meth:`fxq.bitwise.engine.Engine.quantize`."""
-    layout.check_quantize(x)
+    checks.check_quantize(x)
     x = np.ascontiguousarray(x)
     batch, channels, places = (x.shape[0], x.shape[2], x.shape[1]) if channels_last else x.shape
     out = np.empty((batch, places, channels), np.int8 if qmin < 0 else np.uint8)

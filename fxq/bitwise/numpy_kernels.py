@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from fxq.bitwise import layout
-from fxq.bitwise.layout import CHUNK, AddConstants, Epilogue, Layer, Pair, popcount
+from fxq.bitwise import checks, layout
+from fxq.bitwise.bits import WORD, Array, Pair, pack_bits, popcount, unpack_bits, words_of
+from fxq.bitwise.layout import CHUNK, AddConstants, Epilogue, Layer
 
-Array = np.ndarray[Any, Any]
 F4, F8 = np.float32, np.float64
 
 
@@ -18,12 +18,13 @@ F4, F8 = np.float32, np.float64
 
 def conv(x: Array, layer: Layer, epilogue: Epilogue, threads: int = 1) -> Array:
     """Convolution of packed values; one thread."""
-    layout.check_conv(x, layer, epilogue)
+    checks.check_conv(x, layer, epilogue)
     _, batch, h, w, _ = x.shape
     oh, ow = layer.out_size(h, w)
     shape, dtype = result_shape(layer, epilogue, batch, oh, ow)
     out = np.zeros(shape, dtype)
-    rows = max(1, CHUNK // (ow * max(layer.lanes, 2 * layer.taps * layer.in_words)))
+    bits = 8 * WORD * layer.taps * words_of(layer.channels) if layer.gathered else 0  # a byte each
+    rows = max(1, CHUNK // (ow * max(layer.lanes, 2 * layer.taps * words_of(layer.channels), bits // 8)))
     for b in range(batch):
         padded = _padded(x[:, b], layer)
         for y in range(0, oh, rows):
@@ -36,7 +37,7 @@ def conv(x: Array, layer: Layer, epilogue: Epilogue, threads: int = 1) -> Array:
 def result_shape(layer: Layer, epilogue: Epilogue, batch: int, oh: int, ow: int) -> tuple[tuple[int, ...], Any]:
     """Shape and dtype of what :func:`conv` gives."""
     if epilogue.planes:
-        return (epilogue.planes, batch, oh, ow, layout.words_of(layer.outputs)), np.uint64
+        return (epilogue.planes, batch, oh, ow, words_of(layer.outputs)), np.uint64
     codes = np.int8 if epilogue.signed else np.uint8
     return (batch, oh, ow, layer.outputs), {"int32": np.int32, "float": np.float32, "codes": codes}[epilogue.kind]
 
@@ -50,15 +51,17 @@ def _padded(x: Array, layer: Layer) -> Array:
 def _dots(x: Array, layer: Layer, size: Pair, y0: int, y1: int, ow: int) -> Array:
     """int32 dot products ``[rows, OW, lanes]`` of the output rows ``y0`` to ``y1``."""
     kw, (sy, sx), (dy, dx) = layer.kernel[1], layer.stride, layer.dilation
-    ternary, count = len(x) == 2, (y1 - y0) * ow
+    ternary, count, taps = len(x) == 2, (y1 - y0) * ow, layer.steps[0]
     under = np.empty((len(x), count, layer.taps, x.shape[-1]), np.uint64)
     for t in range(layer.taps):
         i, j = divmod(t, kw)
         rows = slice(y0 * sy + i * dy, (y1 - 1) * sy + i * dy + 1, sy)
         under[:, :, t] = x[:, rows, j * dx : (ow - 1) * sx + j * dx + 1 : sx].reshape(len(x), count, -1)
+    if layer.gathered:
+        under = _gathered(under, layer)
     dots: Array = np.empty((count, layer.lanes), np.int32)
     for n0, lanes, word0, words, offset in layer.blocks.tolist():
-        planes = layer.words[offset : offset + (2 if layer.masked else 1) * layer.taps * words * lanes].reshape(-1, layer.taps * words, lanes)
+        planes = layer.words[offset : offset + (2 if layer.masked else 1) * taps * words * lanes].reshape(-1, taps * words, lanes)
         part = np.ascontiguousarray(under[..., word0 : word0 + words]).reshape(len(x), count, -1)
         dots[:, n0 : n0 + lanes] = _sums(part, planes)
     dots = dots.reshape(y1 - y0, ow, layer.lanes)
@@ -66,6 +69,13 @@ def _dots(x: Array, layer: Layer, size: Pair, y0: int, y1: int, ow: int) -> Arra
         b = layout.borders(layer, *size)
         dots += b.base[b.rows[y0:y1, None] + b.columns[None]]
     return dots
+
+
+def _gathered(x: Array, layer: Layer) -> Array:
+    """``x`` ``[P, pixels, taps, words]`` with the bits of a group's taps one behind the other: ``[P, pixels, 1, groups * group_words]``."""
+    bits = unpack_bits(x, layer.channels).reshape(*x.shape[:3], layer.groups, -1)
+    together = pack_bits(bits.transpose(0, 1, 3, 2, 4).reshape(*x.shape[:2], layer.groups, -1) != 0)
+    return together.reshape(*x.shape[:2], 1, -1)
 
 
 def _sums(x: Array, w: Array) -> Array:
@@ -95,9 +105,9 @@ def finish(dots: Array, e: Epilogue, outputs: int, out: Array) -> None:
     if e.planes:
         assert e.hi is not None
         plus = dots >= e.hi
-        out[0] = layout.pack_bits(plus[..., :outputs])
+        out[0] = pack_bits(plus[..., :outputs])
         if e.lo is not None:
-            out[1] = layout.pack_bits((plus | (dots <= e.lo))[..., :outputs])
+            out[1] = pack_bits((plus | (dots <= e.lo))[..., :outputs])
         return
     assert e.mult is not None and e.bias is not None
     acc = (e.mult * dots + e.bias)[..., :outputs]
@@ -114,9 +124,9 @@ def finish(dots: Array, e: Epilogue, outputs: int, out: Array) -> None:
 
 def pack(x: Array, lo: float, hi: float, planes: int, channels_last: bool, threads: int = 1) -> Array:
     """Values against thresholds: plane 0 is ``x >= hi``, plane 1 ``x >= hi or x <= lo``; uint64 ``[planes, B, S, words]``."""
-    layout.check_pack(x, planes)
+    checks.check_pack(x, planes)
     channels, places = (x.shape[2], x.shape[1]) if channels_last else (x.shape[1], x.shape[2])
-    out = np.empty((planes, x.shape[0], places, layout.words_of(channels)), np.uint64)
+    out = np.empty((planes, x.shape[0], places, words_of(channels)), np.uint64)
     step = max(1, CHUNK // max(1, channels))
     for b in range(x.shape[0]):
         for i in range(0, places, step):
@@ -124,7 +134,7 @@ def pack(x: Array, lo: float, hi: float, planes: int, channels_last: bool, threa
             plus = _reaches(part, hi)
             bits = [plus, plus | _reaches(part, lo, below=True)][:planes]
             for p, plane in enumerate(bits):
-                out[p, b, i : i + step] = layout.pack_bits(plane if channels_last else plane.T)
+                out[p, b, i : i + step] = pack_bits(plane if channels_last else plane.T)
     return out
 
 
@@ -137,11 +147,11 @@ def _reaches(x: Array, bound: float, below: bool = False) -> Array:
 
 def unpack(packed: Array, channels: int, threads: int = 1) -> Array:
     """int8 ``[B, H, W, C]`` of -1 and 1, or of -1, 0 and 1."""
-    layout.check_packed(packed, channels)
+    checks.check_packed(packed, channels)
     out = np.empty((*packed.shape[1:4], channels), np.int8)
     for b in range(len(out)):
-        plus = layout.unpack_bits(packed[0, b], channels).view(np.int8)
-        other = layout.unpack_bits(packed[1, b], channels).view(np.int8) if len(packed) == 2 else 1
+        plus = unpack_bits(packed[0, b], channels).view(np.int8)
+        other = unpack_bits(packed[1, b], channels).view(np.int8) if len(packed) == 2 else 1
         out[b] = 2 * plus - other
     return out
 
@@ -153,7 +163,7 @@ def max_pool(
     packed: Array, channels: int, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair = (1, 1), ceil_mode: bool = False, threads: int = 1
 ) -> Array:
     """Maximum over windows: OR of ``+1``; of ternary values AND of ``-1`` as well. Padding takes no part."""
-    oh, ow = layout.pool_geometry(packed, channels, kernel, stride, padding, dilation, ceil_mode)
+    oh, ow = checks.pool_geometry(packed, channels, kernel, stride, padding, dilation, ceil_mode)
     h, w = packed.shape[2:4]
     shape = (*packed.shape[1:2], oh, ow, packed.shape[4])
     plus, minus = np.zeros(shape, np.uint64), np.full(shape, ~np.uint64(0))
@@ -178,7 +188,7 @@ def _inside(out: int, stride: int, shift: int, size: int) -> tuple[slice, slice]
 
 def add(a: Array, b: Array, constants: AddConstants, threads: int = 1) -> Array:
     """Integer add of uint8 codes of one shape, each step with the roundings of :func:`fxq.kernels.add`."""
-    layout.check_codes(a, b)
+    checks.check_codes(a, b)
     c, out = constants, np.empty(a.shape, np.uint8)
     flat_a, flat_b, flat = a.reshape(-1), b.reshape(-1), out.reshape(-1)
     for i in range(0, flat.size, CHUNK):
@@ -191,13 +201,13 @@ def add(a: Array, b: Array, constants: AddConstants, threads: int = 1) -> Array:
 
 def table(x: Array, values: Array, threads: int = 1) -> Array:
     """``values[x]`` for uint8 ``x`` and 256 values of uint8."""
-    layout.check_codes(x, x)
+    checks.check_codes(x, x)
     return np.asarray(values[x])
 
 
 def code_pool(codes: Array, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair = (1, 1), ceil_mode: bool = False, threads: int = 1) -> Array:
     """Maximum of codes over windows; padding takes no part."""
-    oh, ow = layout.code_pool_geometry(codes, kernel, stride, padding, dilation, ceil_mode)
+    oh, ow = checks.code_pool_geometry(codes, kernel, stride, padding, dilation, ceil_mode)
     out = np.full((codes.shape[0], oh, ow, codes.shape[3]), np.iinfo(codes.dtype).min, codes.dtype)
     for i in range(kernel[0]):
         for j in range(kernel[1]):
@@ -209,7 +219,7 @@ def code_pool(codes: Array, kernel: Pair, stride: Pair, padding: Pair, dilation:
 
 def quantize(x: Array, scale: float, zero: int, qmin: int, qmax: int, channels_last: bool, threads: int = 1) -> Array:
     """``clip(rne(x / scale), qmin - zero, qmax - zero) + zero``: the codes of :func:`fxq.numerics.quantize`, places before channels."""
-    layout.check_quantize(x)
+    checks.check_quantize(x)
     batch, channels, places = (x.shape[0], x.shape[2], x.shape[1]) if channels_last else x.shape
     out = np.empty((batch, places, channels), np.int8 if qmin < 0 else np.uint8)
     for b in range(batch):

@@ -153,6 +153,18 @@ def ctpop(b: Any, x: Any) -> Any:
     return b.ctpop(x)
 
 
+def _move(kind: Any) -> Any:
+    @_operation(2)
+    def move(b: Any, to: Any, source: Any) -> None:
+        """One number to another place."""
+        _store(b, _load(b, source, kind), to)
+
+    return move
+
+
+move8, move16, move32 = _move(I8), _move(I16), _move(I32)
+
+
 @_operation(3)
 def copy(b: Any, to: Any, source: Any, size: Any) -> None:
     """memcpy."""

@@ -55,7 +55,7 @@ def cases(draw: Any) -> Case:
     """Layers of any geometry, binary or ternary on either side."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     groups = draw(st.sampled_from([1, 1, 1, 2, 3, 5]))
-    per_group = draw(st.sampled_from([1, 3, 5, 31, 64, 70, 128, 130] if groups == 1 else [1, 2, 5, 33, 64, 70]))
+    per_group = draw(st.sampled_from([1, 3, 5, 31, 64, 70, 128, 130] if groups == 1 else [1, 2, 5, 8, 16, 32, 33, 64, 70]))
     outs = draw(st.sampled_from([1, 2, 5, 8, 33, 40, 70] if groups == 1 else [1, 3, 8, 16, 40]))
     kernel = draw(st.sampled_from([(1, 1), (3, 3), (2, 2), (5, 5), (7, 7), (1, 3), (4, 3)]))
     stride, dilation = draw(st.tuples(st.integers(1, 3), st.integers(1, 3))), draw(st.sampled_from([(1, 1), (1, 1), (2, 1), (2, 3)]))

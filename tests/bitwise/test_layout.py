@@ -13,10 +13,14 @@ from fxq.errors import FxqError
 
 def weight(layer: layout.Layer, n: int, c: int, tap: int) -> int:
     """One weight read from the packed words as the docstring of ``Layer.blocks`` says."""
+    per_group = layer.channels // layer.groups
     for n0, lanes, word0, words, offset in layer.blocks.tolist():
         if n0 <= n < n0 + lanes:
-            bit = c - word0 * 64
-            bits = [int(layer.words[offset + ((p * layer.taps + tap) * words + bit // 64) * lanes + n - n0]) >> bit % 64 & 1 for p in range(1 + layer.masked)]
+            bit, taps = c - word0 * 64, layer.taps
+            if layer.gathered:
+                bit, tap, taps = tap * per_group + c % per_group, 0, 1
+                assert word0 == c // per_group * words
+            bits = [int(layer.words[offset + ((p * taps + tap) * words + bit // 64) * lanes + n - n0]) >> bit % 64 & 1 for p in range(1 + layer.masked)]
             return 2 * bits[0] - (bits[1] if layer.masked else 1)
     raise AssertionError("no block holds it")
 
@@ -31,6 +35,7 @@ def test_every_weight_lies_where_the_layout_says(seed: int, groups: int, per_gro
     w = (rng.integers(-1, 2, shape) if ternary else rng.choice([-1, 1], shape)).astype(np.int8)
     layer = layout.pack_layer(w, groups=groups)
     assert layer.masked or not (w == 0).any()
+    assert layer.gathered == (groups > 1 and per_group % 64 != 0 and outs % 8 == 0)
     for n, c, tap in zip(*(rng.integers(0, top, 30).tolist() for top in (shape[0], per_group, 6)), strict=True):
         assert weight(layer, n, n // outs * per_group + c, tap) == w[n, c].reshape(-1)[tap]
     sums, count = layout.tap_sums(layer)
@@ -48,7 +53,15 @@ def test_whole_groups_need_no_mask_and_read_their_words_only() -> None:
     layer = layout.pack_layer(np.ones((80, 128, 1, 1), np.int8), groups=2)
     assert not layer.masked
     assert layer.blocks[:, :4].tolist() == [[0, 32, 0, 2], [32, 8, 0, 2], [40, 32, 2, 2], [72, 8, 2, 2]]
-    assert layout.pack_layer(np.ones((80, 100, 1, 1), np.int8), groups=2).masked
+    assert layout.pack_layer(np.ones((81, 128, 1, 1), np.int8), groups=3).masked
+
+
+def test_small_groups_lie_in_words_of_their_own() -> None:
+    layer = layout.pack_layer(np.ones((512, 16, 3, 3), np.int8), groups=16)
+    assert layer.gathered and not layer.masked
+    assert layer.nbytes == 512 * 3 * 8  # 144 bits of a filter in three words
+    assert layer.blocks[:3, :4].tolist() == [[0, 32, 0, 3], [32, 32, 3, 3], [64, 32, 6, 3]]
+    assert layout.pack_layer(np.ones((16, 1, 3, 3), np.int8), groups=16).masked  # one output a group is not worth words of its own
 
 
 @settings(derandomize=True, max_examples=40, deadline=None)
