@@ -36,7 +36,7 @@ class BitConv(nn.Module):
             layer.weights.numpy(), groups=layer.groups, stride=layer.stride, padding=layer.pads, dilation=layer.dilation
         )
         tables = _tables(packed, end)
-        self.register_buffer("words", torch.from_numpy(packed.words.view(np.int64)))
+        self.register_buffer("words", torch.from_numpy(packed.words.view(np.int64)).clone())  # torch aligns to 64 bytes
         self.register_buffer("blocks", torch.from_numpy(packed.blocks))
         for i, t in enumerate(ops.tables(tables)):
             self.register_buffer(f"table_{i}", t)

@@ -9,15 +9,17 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fxq.bitwise import layout
+from fxq.bitwise.bits import WORD, pack_bits, unpack_bits, words_of
+from fxq.bitwise.checks import pool_size
 from fxq.bitwise.engine import engine
-from fxq.bitwise.layout import AddConstants, Epilogue, Layer, words_of
+from fxq.bitwise.layout import AddConstants, Epilogue, Layer
 from fxq.errors import FxqError
 
 Array = np.ndarray[Any, Any]
@@ -232,7 +234,7 @@ def bit_max_pool(
 @_meta(bit_max_pool)
 def _(x: Tensor, channels: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], ceil_mode: bool) -> Tensor:
     sizes = [1, x.shape[2]] if x.ndim == 4 else list(x.shape[2:4])
-    out = [layout.pool_size(sizes[i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1)]
+    out = [pool_size(sizes[i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1)]
     return x.new_empty(x.shape[0], x.shape[1], *(out[1:] if x.ndim == 4 else out), x.shape[-1])
 
 
@@ -245,7 +247,7 @@ def code_max_pool(x: Tensor, kernel: Sequence[int], stride: Sequence[int], paddi
 
 @_meta(code_max_pool)
 def _(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], ceil_mode: bool) -> Tensor:
-    out = [layout.pool_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1)]
+    out = [pool_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1)]
     return x.new_empty(x.shape[0], *out, x.shape[1]).movedim(-1, 1)
 
 
@@ -261,7 +263,7 @@ def float_max_pool(
         return pooled
     from fxq.bitwise import numba_floats
 
-    oh, ow = (layout.pool_size(a.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1))
+    oh, ow = (pool_size(a.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1))
     if min(oh, ow) < 1:
         raise FxqError(f"a window of {list(kernel)} does not fit into an input of {a.shape[2]}x{a.shape[3]}", way_out="Pass larger inputs")
     out = np.empty((a.shape[0], oh, ow, a.shape[1]), np.float32)
@@ -271,7 +273,7 @@ def float_max_pool(
 
 @_meta(float_max_pool)
 def _(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], ceil_mode: bool) -> Tensor:
-    out = [layout.pool_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1)]
+    out = [pool_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1)]
     return x.new_empty(x.shape[0], *out, x.shape[1]).permute(0, 3, 1, 2)
 
 
@@ -287,12 +289,12 @@ def bit_cat(xs: Sequence[Tensor], channels: Sequence[int]) -> Tensor:
     for x, count in zip(xs, channels, strict=True):
         if x.shape[-1] != words_of(count) or x.shape[:-1] != lead:
             raise FxqError(f"packed values of shape {list(x.shape)} do not join {count} channels of {list(lead)}", way_out="Pass parts of one size")
-        word, shift = divmod(start, layout.WORD)
+        word, shift = divmod(start, WORD)
         bits = _bits(x)
         out[..., word : word + bits.shape[-1]] |= bits << np.uint64(shift)
         if shift:
             above = bits[..., : words_of(start + count) - word - 1]
-            out[..., word + 1 : word + 1 + above.shape[-1]] |= above >> np.uint64(layout.WORD - shift)
+            out[..., word + 1 : word + 1 + above.shape[-1]] |= above >> np.uint64(WORD - shift)
         start += count
     return _tensor(out)
 
@@ -309,8 +311,8 @@ def bit_select(x: Tensor, channels: int, indices: Tensor) -> Tensor:
         raise FxqError(f"packed values of shape {list(x.shape)} do not hold {channels} channels", way_out="Pass one bit a channel")
     if engine().name == "numba":
         return _tensor(_selected(_bits(x), channels, indices))
-    bits = layout.unpack_bits(_bits(x), channels)
-    return _tensor(layout.pack_bits(np.take(bits, indices.numpy(), axis=-1)))
+    bits = unpack_bits(_bits(x), channels)
+    return _tensor(pack_bits(np.take(bits, indices.numpy(), axis=-1)))
 
 
 def _selected(x: Array, channels: int, indices: Tensor) -> Array:
@@ -339,7 +341,19 @@ def _(x: Tensor, channels: int, indices: Tensor) -> Tensor:
 @Operator
 def code_add(a: Tensor, b: Tensor, ra: float, rb: float, fixed: float, most: int) -> Tensor:
     """The integer add of :func:`fxq.kernels.add` on uint8 codes of one shape, whose least code is 0."""
-    return _codes(engine().add(_places(a), _places(b), AddConstants(ra, rb, fixed, 0, most), torch.get_num_threads()))
+    constants, e = AddConstants(ra, rb, fixed, 0, most), engine()
+    if e.name == "numba" and _adds_in_float32(constants):
+        from fxq.bitwise import numba_add
+
+        return _codes(numba_add.add(_places(a), _places(b), constants))
+    return _codes(e.add(_places(a), _places(b), constants, torch.get_num_threads()))
+
+
+@lru_cache(maxsize=1024)
+def _adds_in_float32(constants: AddConstants) -> bool:
+    from fxq.bitwise import numba_add
+
+    return numba_add.is_exact(constants)
 
 
 @_meta(code_add)

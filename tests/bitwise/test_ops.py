@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxq.bitwise import layers, layout, ops
+from fxq.bitwise import layers, layout, numpy_kernels, ops
 from fxq.bitwise.modules import BitConv
 
 CHECKS = ("test_schema", "test_faketensor")
@@ -142,3 +143,20 @@ def test_layers_do_not_share_what_is_kept_of_them() -> None:
     assert len(ops._made) == kept and torch.equal(first(x), before)
 
 
+
+
+def test_adds_in_float32_only_where_all_pairs_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fxq.bitwise import numba_add
+
+    g = np.random.default_rng(0)
+    a, b = np.repeat(np.arange(256, dtype=np.uint8), 256), np.tile(np.arange(256, dtype=np.uint8), 256)
+    exact = 0
+    for _ in range(20):
+        c = layout.AddConstants(*(float(np.float32(v)) for v in (*g.uniform(0.1, 1.2, 2), g.uniform(-200, 100))), 0, int(g.integers(15, 256)))
+        exact += numba_add.is_exact(c)
+        assert np.array_equal(numba_add.add(a, b, c), numpy_kernels.add(a, b, c)) == numba_add.is_exact(c)
+        assert np.array_equal(ops.code_add(torch.from_numpy(a), torch.from_numpy(b), c.ra, c.rb, c.fixed, c.most).numpy(), numpy_kernels.add(a, b, c))
+    assert exact >= 15, "float32 is enough as a rule"
+    wrong = layout.AddConstants(0.5, 0.25, 1.0, 0, 255)
+    monkeypatch.setattr(numba_add, "add", lambda x, y, c: numpy_kernels.add(x, y, c) ^ np.uint8(1))
+    assert not numba_add.is_exact(wrong)
