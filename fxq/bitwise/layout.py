@@ -365,6 +365,7 @@ class AddConstants:
     Attributes:
         ra, rb, fixed: float32 values.
         least, most: codes, 0 to 255.
+        narrow: fused operations of float32 give the same codes, all pairs of codes have been tried; an engine may take them.
     """
 
     ra: float
@@ -372,3 +373,4 @@ class AddConstants:
     fixed: float
     least: int = 0
     most: int = 255
+    narrow: bool = False

@@ -76,6 +76,14 @@ def _code_pool(digest: int) -> Callable[[Any], None]:
     return code_pool_units
 
 
+def _float_pool(digest: int) -> Callable[[Any], None]:
+    def float_pool_units(d: Any) -> None:
+        if digest != 0:
+            numba_codes.float_pool(d)
+
+    return float_pool_units
+
+
 def _add(digest: int) -> Callable[[Any], None]:
     def add_units(d: Any) -> None:
         if digest != 0:
@@ -369,6 +377,23 @@ def code_pool(codes: Array, kernel: Pair, stride: Pair, padding: Pair, dilation:
     return out
 
 
+def float_pool(x: Array, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair = (1, 1), ceil_mode: bool = False, threads: int = 1) -> Array:
+    """Maximum of float values over windows, see :meth:`fxq.bitwise.engine.Engine.float_pool`."""
+    oh, ow = checks.float_pool_geometry(x, kernel, stride, padding, dilation, ceil_mode)
+    x = np.ascontiguousarray(x)
+    batch, channels, height, width = x.shape
+    out = np.empty((batch, oh, ow, channels), np.float32)
+    geometry = np.array([v[i] for i in (0, 1) for v in (kernel, stride, padding, dilation)], np.int64)
+    threads, _, _ = _share(1, x.nbytes, threads)
+    size = 32 * 64 * -(-width // 16)
+    scratch = _SCRATCH.at_least(threads * size)
+    _call(
+        compiled("float_pool", _float_pool), threads, batch * oh, address(x), 0, channels, height, width, oh, ow, address(geometry), address(out),
+        address(scratch), size,
+    )  # fmt: skip
+    return out
+
+
 def add(a: Array, b: Array, constants: AddConstants, threads: int = 1) -> Array:
     """Integer add, see :meth:`fxq.bitwise.engine.Engine.add`."""
     checks.check_codes(a, b)
@@ -376,7 +401,19 @@ def add(a: Array, b: Array, constants: AddConstants, threads: int = 1) -> Array:
     out, values = np.empty(a.shape, np.uint8), np.array([k.ra, k.rb, k.fixed, k.least, k.most], np.float32)
     threads, per_unit, units = _share(a.size, 8 * a.nbytes, threads, 64)
     spill = np.empty(64 * units, np.uint8)
-    _call(compiled("add", _add), threads, units, address(a), address(b), address(values), address(out), a.size, per_unit, address(spill))
+    _call(
+        compiled("add", _add),
+        threads,
+        units,
+        address(a),
+        address(b),
+        address(values),
+        address(out),
+        a.size,
+        per_unit,
+        address(spill),
+        int(k.narrow),
+    )
     return out
 
 

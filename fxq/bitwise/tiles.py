@@ -45,6 +45,8 @@ def probe(triple: str, cpu: str, features: str) -> tuple[str, int]:
 
 
 PATH, LANES = probe(*cpu_target.target_context.codegen().magic_tuple())
+FUSED = PATH != "generic"
+"""The processor multiplies and adds in one step."""
 WIDE = 32 if LANES == 8 else 8
 """Output channels of the large tile; the accumulators of 5 pixels must stay in registers."""
 
@@ -162,7 +164,7 @@ def _move(kind: Any) -> Any:
     return move
 
 
-move8, move16, move32 = _move(I8), _move(I16), _move(I32)
+move8, move16, move32, move512 = _move(I8), _move(I16), _move(I32), _move(_vec(F32, 16))
 
 
 @_operation(3)
@@ -388,18 +390,33 @@ def unpack_word(planes: int) -> Any:
 # ---------------------------------------------------------------- codes
 
 
+def _sum_of_codes(b: Any, x: Any, y: Any, constants: Any, out: Any, fma: Callable[..., Any]) -> None:
+    ra, rb, fixed, least, most = (_splat(b, _load(b, b.add(constants, I64(4 * i)), F32, 4), 16) for i in range(5))
+    real = fma(b, ra, _load(b, x, _vec(I8, 16)), fma(b, rb, _load(b, y, _vec(I8, 16)), fixed))
+    _store(b, b.trunc(_rounded(b, real, least, most, 16), _vec(I8, 16)), out)
+
+
+def _wide_fma(b: Any, r: Any, v: Any, c: Any) -> Any:
+    wide = b.fadd(b.fmul(b.fpext(r, _vec(F64, 16)), b.uitofp(v, _vec(F64, 16))), b.fpext(c, _vec(F64, 16)))
+    return b.fptrunc(wide, _vec(F32, 16))
+
+
+def _fma(b: Any, r: Any, v: Any, c: Any) -> Any:
+    row = _vec(F32, 16)
+    fused = cgutils.get_or_insert_function(b.module, ir.FunctionType(row, [row, row, row]), "llvm.fma.v16f32")
+    return b.call(fused, [r, b.uitofp(v, row), c])
+
+
 @_operation(4)
 def add_codes(b: Any, x: Any, y: Any, constants: Any, out: Any) -> None:
-    """16 sums of uint8 codes; constants: float32 ra, rb, fixed, least, most. Every step rounds as :func:`fxq.kernels.add` does."""
-    n = 16
-    ra, rb, fixed, least, most = (_splat(b, _load(b, b.add(constants, I64(4 * i)), F32, 4), n) for i in range(5))
+    """16 sums of uint8 codes; constants: float32 ra, rb, fixed, least, most. Every step rounds as :func:`fxq.kernels.add` does, in float64 first."""
+    _sum_of_codes(b, x, y, constants, out, _wide_fma)
 
-    def fma(r: Any, v: Any, c: Any) -> Any:
-        wide = b.fadd(b.fmul(b.fpext(r, _vec(F64, n)), b.uitofp(v, _vec(F64, n))), b.fpext(c, _vec(F64, n)))
-        return b.fptrunc(wide, _vec(F32, n))
 
-    real = fma(ra, _load(b, x, _vec(I8, n)), fma(rb, _load(b, y, _vec(I8, n)), fixed))
-    _store(b, b.trunc(_rounded(b, real, least, most, n), _vec(I8, n)), out)
+@_operation(4)
+def add_codes_narrow(b: Any, x: Any, y: Any, constants: Any, out: Any) -> None:
+    """The same by fused operations of float32 where the processor has them: one rounding instead of two."""
+    _sum_of_codes(b, x, y, constants, out, _fma if FUSED else _wide_fma)
 
 
 def quantize_codes(n: int) -> Any:
@@ -412,6 +429,29 @@ def quantize_codes(n: int) -> Any:
         _store(b, b.trunc(b.add(codes, b.fptosi(nil, _vec(I32, n))), _vec(I8, n)), out)
 
     return write
+
+
+def max_values(n: int) -> Any:
+    """``out = max(out, x)`` of ``n`` float32. Operands: x, out."""
+
+    @_operation(2)
+    def write(b: Any, x: Any, out: Any) -> None:
+        a, c = _load(b, x, _vec(F32, n)), _load(b, out, _vec(F32, n))
+        _store(b, b.select(b.fcmp_unordered("<", c, a), a, c), out)
+
+    return write
+
+
+@_operation(3)
+def transpose(b: Any, x: Any, row: Any, out: Any) -> None:
+    """16 rows of 16 float32, ``row`` bytes apart, as 16 columns that lie one behind the other."""
+    rows = [_load(b, b.add(x, b.mul(row, I64(i))), _vec(F32, 16)) for i in range(16)]
+    low, high = ([half + i // 2 + 16 * (i % 2) for i in range(16)] for half in (0, 8))
+    for _ in range(4):  # each time the rows of both halves go between each other
+        pairs = [(rows[i], rows[i + 8]) for i in range(8)]
+        rows = [b.shuffle_vector(p, q, ir.Constant(_vec(I32, 16), order)) for p, q in pairs for order in (low, high)]
+    for i, r in enumerate(rows):
+        _store(b, r, b.add(out, I64(64 * i)))
 
 
 def max_codes(n: int, signed: bool) -> Any:
