@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxq.bitwise import ops
+from fxq.bitwise import operators
 from fxq.convolutions import CHANNEL_AFFINE, conv_pads
 from fxq.doctor_machine import EXACT, machine
 from fxq.modules import Quantized
@@ -88,7 +88,7 @@ def _session(weight: Tensor, bias: Tensor, scale: Tensor, window: Sequence[int],
     return made
 
 
-@ops.Operator
+@operators.Operator
 def int8_layer(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, window: Sequence[int], zeros: Sequence[int], scales: Sequence[float]) -> Tensor:
     """An integer layer on u8 codes.
 
@@ -113,7 +113,7 @@ def int8_layer(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, window: S
     return out.movedim(-1, 1) if n else out.reshape(*x.shape[:-1], len(weight))
 
 
-@ops._meta(int8_layer)
+@operators.meta(int8_layer)
 def _(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, window: Sequence[int], zeros: Sequence[int], scales: Sequence[float]) -> Tensor:
     n = weight.ndim - 2
     dtype = torch.uint8 if len(scales) > 1 else torch.float32

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -16,45 +16,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxq.bitwise import operators
 from fxq.bitwise.bits import WORD, pack_bits, unpack_bits, words_of
 from fxq.bitwise.checks import pool_size
 from fxq.bitwise.engine import engine
 from fxq.bitwise.layout import AddConstants, Epilogue, Layer
+from fxq.bitwise.operators import Operator, meta
 from fxq.errors import FxqError
 
 Array = np.ndarray[Any, Any]
 LINEAR, CONV1D, CONV2D, FLATTEN = range(4)
 """Modes of :func:`bit_conv`: a linear layer, the convolutions, a linear layer behind a flatten of ``[B, C, H, W]`` as a convolution."""
 
-_LIBRARY: Any = torch.library.Library("fxq", "FRAGMENT")  # type: ignore[no-untyped-call]
-"""``torch.library.custom_op`` does the same in more layers of Python."""
-
-
-class Operator:
-    """``torch.ops.fxq.<name>``: called by way of torch's dispatcher where somebody watches (compiler, export, tracer, profiler), else directly.
-
-    Attributes:
-        op: the operator of torch. run: its kernel.
-    """
-
-    def __init__(self, fn: Callable[..., Tensor]) -> None:
-        name = fn.__name__
-        _LIBRARY.define(name + torch.library.infer_schema(fn, mutates_args=()))
-        _LIBRARY.impl(name, fn, "CPU")
-        self.op, self.run = getattr(torch.ops.fxq, name).default, fn
-
-    def __call__(self, *args: Any) -> Tensor:
-        watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._autograd._profiler_enabled()
-        return self.op(*args) if watched else self.run(*args)
-
-
-def _meta(made: Operator) -> Callable[[Callable[..., Tensor]], None]:
-    """Register what an operator says of its result before it runs."""
-    return lambda fn: torch.library.register_fake(made.op._schema.name, fn, lib=_LIBRARY) and None
-
-
-_orders: dict[int, tuple[Any, Array]] = {}
-"""By the identity of :func:`bit_select`'s indices: a weak reference to them, and their tables."""
+_orders: dict[int, tuple[Any, int, Array]] = {}
+"""By the identity of :func:`bit_select`'s indices: a weak reference to them, the groups of a shuffle or 0, and tables."""
 _made: dict[int, tuple[Any, Any, Layer, Epilogue]] = {}
 """By the identity of a layer's words: weak references to its words and first table, and what the engine reads (with its caches)."""
 
@@ -90,29 +65,6 @@ def _prepared(words: Tensor, blocks: Tensor, geometry: Sequence[int], kind: str,
     epilogue = Epilogue(kind, **arrays, least=numbers[0], most=numbers[1], zero=numbers[2], signed=bool(numbers[3]))
     _made[key] = (weakref.ref(words, lambda _: _made.pop(key, None)), weakref.ref(tables[0]), layer, epilogue)
     return layer, epilogue
-
-
-def _bits(x: Tensor) -> Array:
-    return _ordered(x.numpy()).view(np.uint64)
-
-
-def _ordered(a: Array) -> Array:
-    return a if a.flags.c_contiguous else np.ascontiguousarray(a)
-
-
-def _places(x: Tensor) -> Array:
-    """Codes as the engine takes them: channels last where they have four dimensions."""
-    a = x.numpy()
-    return _ordered(a.transpose(0, 2, 3, 1) if a.ndim == 4 else a)
-
-
-def _codes(y: Array) -> Tensor:
-    """The inverse of :func:`_places`."""
-    return torch.from_numpy(y.transpose(0, 3, 1, 2) if y.ndim == 4 else y)
-
-
-def _tensor(packed: Array) -> Tensor:
-    return torch.from_numpy(packed.view(np.int64))
 
 
 def _out_size(geometry: Sequence[int], h: int, w: int) -> tuple[int, int]:
@@ -159,13 +111,13 @@ def bit_conv(x: Tensor, words: Tensor, blocks: Tensor, geometry: Sequence[int], 
     """
     layer, epilogue = _prepared(words, blocks, geometry, kind, tables, numbers)
     five, lead = _as_5d(x, geometry[0])
-    y = engine().conv(_bits(five), layer, epilogue, torch.get_num_threads())
+    y = engine().conv(operators.bits(five), layer, epilogue, torch.get_num_threads())
     if epilogue.planes:
-        return _packed(_tensor(y), geometry[0], lead)
-    return _codes(y) if geometry[0] == CONV2D else _channels_last(torch.from_numpy(y), geometry[0], lead)
+        return _packed(operators.tensor(y), geometry[0], lead)
+    return operators.codes(y) if geometry[0] == CONV2D else _channels_last(torch.from_numpy(y), geometry[0], lead)
 
 
-@_meta(bit_conv)
+@meta(bit_conv)
 def _(x: Tensor, words: Tensor, blocks: Tensor, geometry: Sequence[int], kind: str, tables: Sequence[Tensor], numbers: Sequence[float]) -> Tensor:
     five, lead = _as_5d(x, geometry[0])
     oh, ow = _out_size(geometry, five.shape[2], five.shape[3])
@@ -179,26 +131,15 @@ def _(x: Tensor, words: Tensor, blocks: Tensor, geometry: Sequence[int], kind: s
 # ---------------------------------------------------------------- bits of values, and back
 
 
-def _rows(a: Array, axis: int) -> tuple[Array, bool, tuple[int, ...]]:
-    """Values as ``[B, S, C]``, or ``[B, C, S]`` where they lie so in memory: ``(values, channels are last, sizes but the channels)``."""
-    if axis == a.ndim - 1:
-        return _ordered(a).reshape(1, -1, a.shape[-1]), True, a.shape[:-1]
-    lead = (a.shape[0], *a.shape[2:])
-    turned = a.transpose(0, *range(2, a.ndim), 1)
-    if turned.flags.c_contiguous:
-        return turned.reshape(a.shape[0], -1, a.shape[1]), True, lead
-    return _ordered(a).reshape(a.shape[0], a.shape[1], -1), False, lead
-
-
 @Operator
 def pack(x: Tensor, lo: float, hi: float, planes: int, axis: int) -> Tensor:
     """Bits of float32 values or 8-bit codes: plane 0 is ``x >= hi``, plane 1 (of two) ``x >= hi`` or ``x <= lo``; channels along ``axis`` (1 or the last)."""
-    a, last, lead = _rows(x.detach().numpy(), axis)
+    a, last, lead = operators.rows(x.detach().numpy(), axis)
     y = engine().pack(a, lo, hi, planes, last, torch.get_num_threads())
-    return _tensor(y.reshape(planes, *lead, y.shape[-1]))
+    return operators.tensor(y.reshape(planes, *lead, y.shape[-1]))
 
 
-@_meta(pack)
+@meta(pack)
 def _(x: Tensor, lo: float, hi: float, planes: int, axis: int) -> Tensor:
     lead = [s for d, s in enumerate(x.shape) if d != axis]
     return x.new_empty(planes, *lead, words_of(x.shape[axis]), dtype=torch.int64)
@@ -208,11 +149,11 @@ def _(x: Tensor, lo: float, hi: float, planes: int, axis: int) -> Tensor:
 def unpack(x: Tensor, channels: int, axis: int) -> Tensor:
     """int8 codes -1 and 1, or -1, 0 and 1, of packed values; channels come to ``axis`` (1 or the last)."""
     lead = list(x.shape[1:-1])
-    y = engine().unpack(_bits(x.reshape(x.shape[0], 1, 1, -1, x.shape[-1])), channels, torch.get_num_threads())
+    y = engine().unpack(operators.bits(x.reshape(x.shape[0], 1, 1, -1, x.shape[-1])), channels, torch.get_num_threads())
     return torch.from_numpy(y).reshape(*lead, channels).movedim(-1, axis)
 
 
-@_meta(unpack)
+@meta(unpack)
 def _(x: Tensor, channels: int, axis: int) -> Tensor:
     return x.new_empty(*x.shape[1:-1], channels, dtype=torch.int8).movedim(-1, axis)
 
@@ -227,11 +168,11 @@ def bit_max_pool(
     """Maximum over windows of packed values, as ``torch.nn.MaxPool1d`` and ``MaxPool2d``; the numbers are of rows and columns."""
     flat = x.ndim == 4
     k, s, p, d = ((v[0], v[1]) for v in (kernel, stride, padding, dilation))
-    y = engine().max_pool(_bits(x.unsqueeze(2) if flat else x), channels, k, s, p, d, ceil_mode, torch.get_num_threads())
-    return _tensor(y).squeeze(2) if flat else _tensor(y)
+    y = engine().max_pool(operators.bits(x.unsqueeze(2) if flat else x), channels, k, s, p, d, ceil_mode, torch.get_num_threads())
+    return operators.tensor(y).squeeze(2) if flat else operators.tensor(y)
 
 
-@_meta(bit_max_pool)
+@meta(bit_max_pool)
 def _(x: Tensor, channels: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], ceil_mode: bool) -> Tensor:
     sizes = [1, x.shape[2]] if x.ndim == 4 else list(x.shape[2:4])
     out = [pool_size(sizes[i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1)]
@@ -242,10 +183,10 @@ def _(x: Tensor, channels: int, kernel: Sequence[int], stride: Sequence[int], pa
 def code_max_pool(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], ceil_mode: bool) -> Tensor:
     """Maximum over windows of 8-bit codes ``[B, C, H, W]``; padding takes no part."""
     k, s, p, d = ((v[0], v[1]) for v in (kernel, stride, padding, dilation))
-    return _codes(engine().code_pool(_places(x), k, s, p, d, ceil_mode, torch.get_num_threads()))
+    return operators.codes(engine().code_pool(operators.places(x), k, s, p, d, ceil_mode, torch.get_num_threads()))
 
 
-@_meta(code_max_pool)
+@meta(code_max_pool)
 def _(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], ceil_mode: bool) -> Tensor:
     out = [pool_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1)]
     return x.new_empty(x.shape[0], *out, x.shape[1]).movedim(-1, 1)
@@ -257,21 +198,21 @@ def float_max_pool(
 ) -> Tensor:
     """``torch.nn.MaxPool2d`` of float32 ``[B, C, H, W]``; the result lies in memory channels last."""
     a = x.detach().numpy()
+    oh, ow = (pool_size(a.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1))
+    if min(oh, ow) < 1:
+        raise FxqError(f"a window of {list(kernel)} does not fit into an input of {a.shape[2]}x{a.shape[3]}", way_out="Pass larger inputs")
     if engine().name != "numba" or not a.flags.c_contiguous:
         last = x.detach().contiguous(memory_format=torch.channels_last)  # torch pools these 20 times as fast
         pooled: Tensor = torch.nn.functional.max_pool2d(last, list(kernel), list(stride), list(padding), list(dilation), ceil_mode)
         return pooled
     from fxq.bitwise import numba_floats
 
-    oh, ow = (pool_size(a.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1))
-    if min(oh, ow) < 1:
-        raise FxqError(f"a window of {list(kernel)} does not fit into an input of {a.shape[2]}x{a.shape[3]}", way_out="Pass larger inputs")
     out = np.empty((a.shape[0], oh, ow, a.shape[1]), np.float32)
     numba_floats.float_pool(a, np.array([*kernel, *stride, *padding, *dilation], np.int64), out)
-    return _codes(out)
+    return operators.codes(out)
 
 
-@_meta(float_max_pool)
+@meta(float_max_pool)
 def _(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], ceil_mode: bool) -> Tensor:
     out = [pool_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1)]
     return x.new_empty(x.shape[0], *out, x.shape[1]).permute(0, 3, 1, 2)
@@ -290,16 +231,16 @@ def bit_cat(xs: Sequence[Tensor], channels: Sequence[int]) -> Tensor:
         if x.shape[-1] != words_of(count) or x.shape[:-1] != lead:
             raise FxqError(f"packed values of shape {list(x.shape)} do not join {count} channels of {list(lead)}", way_out="Pass parts of one size")
         word, shift = divmod(start, WORD)
-        bits = _bits(x)
+        bits = operators.bits(x)
         out[..., word : word + bits.shape[-1]] |= bits << np.uint64(shift)
         if shift:
             above = bits[..., : words_of(start + count) - word - 1]
             out[..., word + 1 : word + 1 + above.shape[-1]] |= above >> np.uint64(WORD - shift)
         start += count
-    return _tensor(out)
+    return operators.tensor(out)
 
 
-@_meta(bit_cat)
+@meta(bit_cat)
 def _(xs: Sequence[Tensor], channels: Sequence[int]) -> Tensor:
     return xs[0].new_empty(*xs[0].shape[:-1], words_of(sum(channels)))
 
@@ -310,9 +251,15 @@ def bit_select(x: Tensor, channels: int, indices: Tensor) -> Tensor:
     if x.shape[-1] != words_of(channels):
         raise FxqError(f"packed values of shape {list(x.shape)} do not hold {channels} channels", way_out="Pass one bit a channel")
     if engine().name == "numba":
-        return _tensor(_selected(_bits(x), channels, indices))
-    bits = unpack_bits(_bits(x), channels)
-    return _tensor(pack_bits(np.take(bits, indices.numpy(), axis=-1)))
+        return operators.tensor(_selected(operators.bits(x), channels, indices))
+    _check_indices(channels, indices)
+    bits = unpack_bits(operators.bits(x), channels)
+    return operators.tensor(pack_bits(np.take(bits, indices.numpy(), axis=-1)))
+
+
+def _check_indices(channels: int, indices: Tensor) -> None:
+    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < channels:
+        raise FxqError(f"channels {int(indices.min())} to {int(indices.max())} are not among {channels}", way_out="Count them from 0")
 
 
 def _selected(x: Array, channels: int, indices: Tensor) -> Array:
@@ -321,16 +268,23 @@ def _selected(x: Array, channels: int, indices: Tensor) -> Array:
     key, words = id(indices), words_of(len(indices))
     found = _orders.get(key)
     if found is None or found[0]() is not indices:
-        if int(indices.min()) < 0 or int(indices.max()) >= channels:
-            raise IndexError(f"there are {channels} channels")
-        found = weakref.ref(indices, lambda _: _orders.pop(key, None)), numba_select.tables(channels, indices.numpy())
+        _check_indices(channels, indices)
+        groups = numba_select.shuffled_groups(channels, indices.numpy())
+        by = numba_select.spread(channels, groups) if groups else numba_select.tables(channels, indices.numpy())
+        found = weakref.ref(indices, lambda _: _orders.pop(key, None)), groups, by
         _orders[key] = found
-    out = np.empty((x.size // x.shape[-1], found[1].shape[2]), np.uint64)
-    numba_select.select(x.reshape(len(out), -1), found[1], out)
-    return _ordered(out[:, :words]).reshape(*x.shape[:-1], words)
+    _, groups, by = found
+    rows = x.reshape(-1, x.shape[-1])
+    if groups:
+        out = np.empty_like(rows)
+        numba_select.shuffle(rows, groups, by, out)
+        return out.reshape(x.shape)
+    out = np.empty((len(rows), by.shape[2]), np.uint64)
+    numba_select.select(rows, by, out)
+    return operators.ordered(out[:, :words]).reshape(*x.shape[:-1], words)
 
 
-@_meta(bit_select)
+@meta(bit_select)
 def _(x: Tensor, channels: int, indices: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], words_of(indices.shape[0]))
 
@@ -345,8 +299,8 @@ def code_add(a: Tensor, b: Tensor, ra: float, rb: float, fixed: float, most: int
     if e.name == "numba" and _adds_in_float32(constants):
         from fxq.bitwise import numba_add
 
-        return _codes(numba_add.add(_places(a), _places(b), constants))
-    return _codes(e.add(_places(a), _places(b), constants, torch.get_num_threads()))
+        return operators.codes(numba_add.add(operators.places(a), operators.places(b), constants))
+    return operators.codes(e.add(operators.places(a), operators.places(b), constants, torch.get_num_threads()))
 
 
 @lru_cache(maxsize=1024)
@@ -356,7 +310,7 @@ def _adds_in_float32(constants: AddConstants) -> bool:
     return numba_add.is_exact(constants)
 
 
-@_meta(code_add)
+@meta(code_add)
 def _(a: Tensor, b: Tensor, ra: float, rb: float, fixed: float, most: int) -> Tensor:
     if a.ndim == 4:
         return a.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2).clone()
@@ -366,10 +320,10 @@ def _(a: Tensor, b: Tensor, ra: float, rb: float, fixed: float, most: int) -> Te
 @Operator
 def code_table(x: Tensor, values: Tensor) -> Tensor:
     """``values[x]``: uint8 codes through a table of 256 entries, uint8; the result lies in memory as ``x``."""
-    return _codes(engine().table(_places(x), values.numpy(), torch.get_num_threads()))
+    return operators.codes(engine().table(operators.places(x), values.numpy(), torch.get_num_threads()))
 
 
-@_meta(code_table)
+@meta(code_table)
 def _(x: Tensor, values: Tensor) -> Tensor:
     if x.ndim == 4:
         return torch.empty_like(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
@@ -380,12 +334,12 @@ def _(x: Tensor, values: Tensor) -> Tensor:
 def quantize(x: Tensor, scale: float, zero: int, qmin: int, qmax: int) -> Tensor:
     """Codes of float32 values on a grid of 8 bits or less with one scale (:func:`fxq.numerics.quantize`); of four dimensions channels last in memory."""
     a = x.detach().numpy()
-    rows, last, lead = _rows(a, 1) if a.ndim == 4 else (_ordered(a).reshape(1, 1, -1), True, ())
+    rows, last, lead = operators.rows(a, 1) if a.ndim == 4 else (operators.ordered(a).reshape(1, 1, -1), True, ())
     y = engine().quantize(rows, scale, zero, qmin, qmax, last, torch.get_num_threads())
-    return _codes(y.reshape(*lead, a.shape[1])) if a.ndim == 4 else torch.from_numpy(y.reshape(a.shape))
+    return operators.codes(y.reshape(*lead, a.shape[1])) if a.ndim == 4 else torch.from_numpy(y.reshape(a.shape))
 
 
-@_meta(quantize)
+@meta(quantize)
 def _(x: Tensor, scale: float, zero: int, qmin: int, qmax: int) -> Tensor:
     dtype = torch.int8 if qmin < 0 else torch.uint8
     if x.ndim == 4:

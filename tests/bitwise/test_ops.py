@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fxq.bitwise import layers, layout, numpy_kernels, ops
 from fxq.bitwise.modules import BitConv
+from fxq.errors import FxqError
 
 CHECKS = ("test_schema", "test_faketensor")
 seldom = settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -160,3 +161,24 @@ def test_adds_in_float32_only_where_all_pairs_agree(monkeypatch: pytest.MonkeyPa
     wrong = layout.AddConstants(0.5, 0.25, 1.0, 0, 255)
     monkeypatch.setattr(numba_add, "add", lambda x, y, c: numpy_kernels.add(x, y, c) ^ np.uint8(1))
     assert not numba_add.is_exact(wrong)
+
+
+@pytest.mark.parametrize("channels", [64, 128, 192, 320, 70])
+def test_regular_shuffles(channels: int) -> None:
+    x = codes(2, channels, 3, 3, planes=2)
+    bits = packed(x, 2, 1)
+    for groups in (g for g in (2, 3, 4, 5, 7, 8, 16, 32) if channels % g == 0):
+        shuffled = torch.arange(channels).reshape(groups, -1).T.reshape(-1)
+        for indices in (shuffled, torch.argsort(shuffled), shuffled.flip(0)):
+            assert torch.equal(ops.bit_select(bits, channels, indices), packed(x[:, indices], 2, 1)), groups
+
+
+def test_wrong_channels_are_refused() -> None:
+    bits = packed(codes(1, 70, 2, 2), 1, 1)
+    for channels, indices in ((70, [0, 70]), (70, [-1, 0]), (130, [0])):
+        with pytest.raises(FxqError, match="channels"):
+            ops.bit_select(bits, channels, torch.tensor(indices))
+    with pytest.raises(FxqError, match="do not join 10 channels"):
+        ops.bit_cat([bits, bits], [70, 10])
+    with pytest.raises(FxqError, match="does not fit"):
+        ops.float_max_pool(torch.zeros(1, 2, 1, 1), [3, 3], [1, 1], [0, 0], [1, 1], False)
