@@ -49,17 +49,17 @@ def select(x: Array, by: Array, out: Array) -> None:
 
 def shuffled_groups(channels: int, indices: Array) -> int:
     """Groups of a channel shuffle that :func:`shuffle` takes: place ``j * groups + i`` holds channel ``i * channels / groups + j``; else 0."""
-    for groups in (2, 4, 8, 16):
+    for groups in (2, 4, 8, 16, 32):
         size = channels // groups
-        fits = channels % 64 == 0 and size % NIBBLE == 0 and len(indices) == channels
+        fits = channels % 64 == 0 and len(indices) == channels
         if fits and np.array_equal(indices, np.arange(channels).reshape(groups, size).T.reshape(-1)):
             return groups
     return 0
 
 
-def spread(channels: int, groups: int) -> Array:
-    """The bits of each byte, where groups of :func:`shuffle` are bytes, else of each nibble, ``groups`` places apart: uint64 ``[256]`` or ``[16]``."""
-    piece = 8 if groups <= 8 and channels // groups % 8 == 0 else NIBBLE
+def spread(groups: int) -> Array:
+    """All values of as many bits (8, 4 or 2) of a group as fit one word of a :func:`shuffle`, their bits ``groups`` places apart: uint64 ``[2^bits]``."""
+    piece = min(8, 64 // groups)
     n = np.arange(1 << piece, dtype=np.uint64)
     return sum(((n >> np.uint64(b) & np.uint64(1)) << np.uint64(b * groups) for b in range(piece)), np.zeros_like(n))
 
@@ -68,7 +68,7 @@ def spread(channels: int, groups: int) -> Array:
 def shuffle(x: Array, groups: int, by: Array, out: Array) -> None:
     """Write ``out`` ``[places, words]``: the channels of ``x``, of the same shape, shuffled; ``by`` of :func:`spread`."""
     words = x.shape[1]
-    size, each, piece = np.uint64(words * 64 // groups), 64 // groups, 8 if len(by) == 256 else 4
+    size, each, piece = np.uint64(words * 64 // groups), 64 // groups, min(8, 64 // groups)
     low, wide, count = np.uint64(len(by) - 1), np.uint64(piece * groups), each // piece
     for i in range(x.shape[0]):
         for w in range(words):

@@ -270,7 +270,7 @@ def _selected(x: Array, channels: int, indices: Tensor) -> Array:
     if found is None or found[0]() is not indices:
         _check_indices(channels, indices)
         groups = numba_select.shuffled_groups(channels, indices.numpy())
-        by = numba_select.spread(channels, groups) if groups else numba_select.tables(channels, indices.numpy())
+        by = numba_select.spread(groups) if groups else numba_select.tables(channels, indices.numpy())
         found = weakref.ref(indices, lambda _: _orders.pop(key, None)), groups, by
         _orders[key] = found
     _, groups, by = found
