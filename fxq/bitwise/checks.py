@@ -88,17 +88,6 @@ def code_pool_geometry(x: Array, kernel: Pair, stride: Pair, padding: Pair, dila
     return _windows(x.shape[1:3], kernel, stride, padding, dilation, ceil_mode)
 
 
-def float_pool_geometry(x: Array, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool) -> Pair:
-    """Rows and columns of pooled float32 ``[B, C, H, W]``.
-
-    Raises:
-        FxqError: when ``x`` is no such array or a window does not fit.
-    """
-    if x.ndim != 4 or x.dtype != np.float32:
-        raise FxqError(f"an array of {x.dtype} {list(x.shape)} cannot be pooled", way_out="Pass float32 [batch, channels, rows, columns]")
-    return _windows(x.shape[2:4], kernel, stride, padding, dilation, ceil_mode)
-
-
 def _windows(size: Sequence[int], kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool) -> Pair:
     check_window(kernel, stride, dilation, padding)
     oh, ow = (pool_size(size[i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1))

@@ -84,10 +84,6 @@ class Engine:
         """Maximum over windows of uint8 or int8 codes ``[B, H, W, C]``; padding takes no part."""
         return self.kernels.code_pool(codes, kernel, stride, padding, dilation, ceil_mode, threads)  # type: ignore[no-any-return]
 
-    def float_pool(self, x: Array, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair = (1, 1), ceil_mode: bool = False, threads: int = 1) -> Array:
-        """Maximum over windows of float32 ``[B, C, H, W]`` without NaN, as ``[B, OH, OW, C]``; padding takes no part."""
-        return self.kernels.float_pool(x, kernel, stride, padding, dilation, ceil_mode, threads)  # type: ignore[no-any-return]
-
     def quantize(self, x: Array, scale: float, zero: int, qmin: int, qmax: int, channels_last: bool, threads: int = 1) -> Array:
         """Codes of a grid per tensor, those of :func:`fxq.numerics.quantize`. NaN has no code.
 

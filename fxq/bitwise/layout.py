@@ -28,6 +28,8 @@ LANES, TAIL = 32, 8
 """Output channels of a block of weights, and of the blocks that hold the rest."""
 
 INT32 = np.iinfo(np.int32)
+LINE = 8
+"""Words of a line of the cache."""
 CHUNK = 1 << 21
 """Elements of a temporary array that functions of numpy may make at once."""
 
@@ -187,9 +189,17 @@ def pack_layer(
         offset += block.size
     kernel = (codes.shape[2], codes.shape[3])
     return Layer(
-        np.concatenate(parts), np.array(rows, np.int64), codes.shape[1] * groups, codes.shape[0], groups, kernel,
+        aligned(parts), np.array(rows, np.int64), codes.shape[1] * groups, codes.shape[0], groups, kernel,
         _pair(stride), as_padding(padding), _pair(dilation), masked,
     )  # fmt: skip
+
+
+def aligned(parts: Sequence[Array]) -> Array:
+    """Arrays of words one behind the other in memory that begins with a line of the cache: a vector then never lies in two of them."""
+    size = sum(len(p) for p in parts)
+    memory = np.empty(size + LINE, np.uint64)
+    start = -memory.ctypes.data // 8 % LINE
+    return np.concatenate(parts, out=memory[start : start + size])
 
 
 def _blocks(codes: Array, groups: int, gathered: bool) -> tuple[list[tuple[int, int, int, int]], bool]:
@@ -365,7 +375,6 @@ class AddConstants:
     Attributes:
         ra, rb, fixed: float32 values.
         least, most: codes, 0 to 255.
-        narrow: fused operations of float32 give the same codes, all pairs of codes have been tried; an engine may take them.
     """
 
     ra: float
@@ -373,4 +382,3 @@ class AddConstants:
     fixed: float
     least: int = 0
     most: int = 255
-    narrow: bool = False

@@ -1,4 +1,4 @@
-"""Packing, unpacking, pooling and tables, compiled by numba around :mod:`fxq.bitwise.tiles`. Imported only where numba is.
+"""Packing, unpacking, pooling and tables, compiled by numba around :mod:`fxq.bitwise.code_tiles`. Imported only where numba is.
 
 A call is described by an array of int64: a counter from 0, the number of units, then what each kernel says; any number of threads may run a kernel
 on it (see :mod:`fxq.bitwise.numba_conv`).
@@ -12,38 +12,22 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import overload
 
-from fxq.bitwise import tiles
+from fxq.bitwise import code_tiles
+from fxq.bitwise.code_tiles import add_codes, unpack_word
 from fxq.bitwise.numba_compile import OPTIONS, helper
-from fxq.bitwise.tiles import (
-    add_codes,
-    add_codes_narrow,
-    copy,
-    fetch_add,
-    load8,
-    load64,
-    move8,
-    move16,
-    move32,
-    move512,
-    store8,
-    store64,
-    transpose,
-    unpack_word,
-    zero,
-)
+from fxq.bitwise.vectors import copy, fetch_add, load8, load64, move8, move16, move32, store8, store64, zero
 
 # Offsets in the description, in bytes.
 UNITS, A, B, C, D, E, F, G, H, IMAGE, J, K = range(8, 104, 8)
 STRIP = 32
 """Places that are packed at once where channels do not lie together."""
 FLOATS = {"float32": 4, "uint8": 1, "int8": 1}
-PLACES = {(kind, n, planes): tiles.pack_places(kind, n, planes) for kind in FLOATS for n in (STRIP, 8, 1) for planes in (1, 2)}
-REST = {(kind, planes): tiles.pack_places(kind, 1, planes, ir.IntType(8)) for kind in FLOATS for planes in (1, 2)}
-CHANNELS = {(kind, n, planes): tiles.pack_channels(kind, n, planes) for kind in FLOATS for n in (64, 8) for planes in (1, 2)}
+PLACES = {(kind, n, planes): code_tiles.pack_places(kind, n, planes) for kind in FLOATS for n in (STRIP, 8, 1) for planes in (1, 2)}
+REST = {(kind, planes): code_tiles.pack_places(kind, 1, planes, ir.IntType(8)) for kind in FLOATS for planes in (1, 2)}
+CHANNELS = {(kind, n, planes): code_tiles.pack_channels(kind, n, planes) for kind in FLOATS for n in (64, 8) for planes in (1, 2)}
 unpack1, unpack2 = unpack_word(1), unpack_word(2)
-max_f16, max_f1 = tiles.max_values(16), tiles.max_values(1)
-quantize16, quantize1 = tiles.quantize_codes(16), tiles.quantize_codes(1)
-max_u64, max_u1, max_s64, max_s1 = tiles.max_codes(64, False), tiles.max_codes(1, False), tiles.max_codes(64, True), tiles.max_codes(1, True)
+quantize16, quantize1 = code_tiles.quantize_codes(16), code_tiles.quantize_codes(1)
+(max_u64, max_u1), (max_s64, max_s1) = ([code_tiles.max_codes(n, signed) for n in (64, 1)] for signed in (False, True))
 
 
 def pack(d: Any, kind: Any, planes: Any) -> None:
@@ -208,8 +192,8 @@ def _max_row(x, out, n, signed):  # type: ignore[no-untyped-def]
 
 @helper
 def add(d):  # type: ignore[no-untyped-def]
-    """A and B codes, C constants, D out, E elements, F elements of a unit (a multiple of 16), G 64 bytes of scratch a unit, H narrow."""
-    a, b, out, narrow = load64(d + A), load64(d + B), load64(d + D), load64(d + H)
+    """A and B codes, C constants, D out, E elements, F elements of a unit (a multiple of 16), G 64 bytes of scratch a unit."""
+    a, b, out = load64(d + A), load64(d + B), load64(d + D)
     while True:
         unit = fetch_add(d, 1)
         if unit >= load64(d + UNITS):
@@ -217,10 +201,7 @@ def add(d):  # type: ignore[no-untyped-def]
         i, spill = unit * load64(d + F), load64(d + G) + 64 * unit
         end = min(load64(d + E), i + load64(d + F))
         while i + 16 <= end:
-            if narrow:
-                add_codes_narrow(a + i, b + i, load64(d + C), out + i)
-            else:
-                add_codes(a + i, b + i, load64(d + C), out + i)
+            add_codes(a + i, b + i, load64(d + C), out + i)
             i += 16
         if i < end:
             zero(spill, 64)
@@ -318,59 +299,3 @@ def _move_groups(source, to, tap, size, groups, stored):  # type: ignore[no-unty
                 out = to + (group * stored + b // 64) * 8
                 store64(out, load64(out) | (((load64(source + a // 64 * 8) >> (a % 64)) & mask) << (b % 64)))
                 done += n
-
-
-@helper
-def float_pool(d):  # type: ignore[no-untyped-def]
-    """A float32 ``[B, C, H, W]``, B counter of threads (0), C channels, D height, E width, F out height, G out width, H geometry as of ``max_pool``,
-    IMAGE out ``[B, OH, OW, C]``, J scratch, K bytes of it a thread: 16 rows, and one of 16 channels, of E values rounded up to 16. A unit is an
-    output row."""
-    channels, height, width, oh, ow, g = load64(d + C), load64(d + D), load64(d + E), load64(d + F), load64(d + G), load64(d + H)
-    row = (width + 15) // 16 * 64
-    rows = load64(d + J) + fetch_add(d + B, 1) * load64(d + K)
-    turned = rows + 16 * row
-    while True:
-        unit = fetch_add(d, 1)
-        if unit >= load64(d + UNITS):
-            break
-        image, oy = unit // oh, unit % oh
-        for first in range(0, channels, 16):
-            count = min(16, channels - first)
-            for c in range(count):
-                _max_rows(load64(d + A) + (image * channels + first + c) * height * width * 4, rows + c * row, oy, height, width, g)
-            for x in range(0, width, 16):
-                transpose(rows + 4 * x, row, turned + 64 * x)
-            for ox in range(ow):
-                to = load64(d + IMAGE) + ((unit * ow + ox) * channels + first) * 4
-                out, seen = to if count == 16 else rows, False
-                for j in range(load64(g + 32)):
-                    x = ox * load64(g + 40) - load64(g + 48) + j * load64(g + 56)
-                    if x >= 0 and x < width:
-                        if not seen:
-                            move512(out, turned + 64 * x)
-                            seen = True
-                        else:
-                            max_f16(turned + 64 * x, out)
-                if count < 16:
-                    copy(to, out, 4 * count)
-
-
-@helper
-def _max_rows(x, out, oy, height, width, g):  # type: ignore[no-untyped-def]
-    """Maximum of the input rows of one output row."""
-    seen = False
-    for i in range(load64(g)):
-        y = oy * load64(g + 8) - load64(g + 16) + i * load64(g + 24)
-        if y >= 0 and y < height:
-            source = x + y * width * 4
-            if not seen:
-                copy(out, source, width * 4)
-                seen = True
-            else:
-                at = 0
-                while at + 16 <= width:
-                    max_f16(source + 4 * at, out + 4 * at)
-                    at += 16
-                while at < width:
-                    max_f1(source + 4 * at, out + 4 * at)
-                    at += 1

@@ -18,6 +18,8 @@ from numba.extending import overload
 
 Array = np.ndarray[Any, Any]
 SIGNATURE = types.void(types.int64)
+SOURCES = ("vectors", "tiles", "code_tiles", "numba_conv", "numba_codes", "numba_kernels")
+"""Files that kernels consist of."""
 
 
 def _slow_address(a: Array) -> int:
@@ -53,7 +55,7 @@ class Kernel:
 def source_digest() -> int:
     """Of the files that the kernels consist of: part of the key of numba's cache, which itself looks at one file only."""
     here = Path(__file__).parent
-    text = b"".join((here / f"{name}.py").read_bytes() for name in ("tiles", "numba_conv", "numba_codes"))
+    text = b"".join((here / f"{name}.py").read_bytes() for name in SOURCES)
     return int.from_bytes(hashlib.sha256(text).digest()[:6], "little")
 
 

@@ -15,7 +15,8 @@ from numba.extending import overload
 
 from fxq.bitwise import tiles
 from fxq.bitwise.numba_compile import OPTIONS, helper
-from fxq.bitwise.tiles import WIDE, copy, count_bits, ctpop, fetch_add, load32, load64, store32, store64, sum_taps, zero
+from fxq.bitwise.tiles import WIDE, count_bits, sum_taps
+from fxq.bitwise.vectors import copy, ctpop, fetch_add, load32, load64, store32, store64, zero
 
 KINDS = {"sign": 0, "ternary": 1, "int32": 2, "float": 3, "codes": 4}
 SCRATCH = 1024
@@ -49,9 +50,11 @@ def _copy_rows(d, scratch, planes, image, first, rows):  # type: ignore[no-untyp
             if y < 0 or y >= height:
                 zero(to, row)
             else:
-                zero(to, left)
+                for i in range(0, left, 8):
+                    store64(to + i, 0)
                 copy(to + left, source + y * size, size)
-                zero(to + left + size, row - left - size)
+                for i in range(left + size, row, 8):
+                    store64(to + i, 0)
             to += row
 
 
@@ -93,6 +96,9 @@ def _counts(d, scratch, start, rows, first, words):  # type: ignore[no-untyped-d
             while x + 16 <= width:
                 sum_taps16(bits + y * down + 4 * x, offsets, taps, out + 4 * x)
                 x += 16
+            if x < width and width >= 16:  # once more with some places before it
+                sum_taps16(bits + y * down + 4 * (width - 16), offsets, taps, out + 4 * (width - 16))
+                x = width
         for rest in range(x, width):
             sum_taps1(bits + y * down + rest * right, offsets, taps, out + 4 * rest)
         out += 4 * width

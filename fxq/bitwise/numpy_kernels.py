@@ -186,18 +186,6 @@ def _inside(out: int, stride: int, shift: int, size: int) -> tuple[slice, slice]
     return slice(first, last + 1), slice(first * stride + shift, last * stride + shift + 1, stride)
 
 
-def float_pool(x: Array, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair = (1, 1), ceil_mode: bool = False, threads: int = 1) -> Array:
-    """Maximum of float32 ``[B, C, H, W]`` over windows as ``[B, OH, OW, C]``; padding takes no part."""
-    oh, ow = checks.float_pool_geometry(x, kernel, stride, padding, dilation, ceil_mode)
-    out = np.full((x.shape[0], oh, ow, x.shape[1]), -np.inf, F4)
-    for i in range(kernel[0]):
-        for j in range(kernel[1]):
-            to_y, y = _inside(oh, stride[0], i * dilation[0] - padding[0], x.shape[2])
-            to_x, at = _inside(ow, stride[1], j * dilation[1] - padding[1], x.shape[3])
-            np.maximum(out[:, to_y, to_x], x[:, :, y, at].transpose(0, 2, 3, 1), out=out[:, to_y, to_x])
-    return out
-
-
 def add(a: Array, b: Array, constants: AddConstants, threads: int = 1) -> Array:
     """Integer add of uint8 codes of one shape, each step with the roundings of :func:`fxq.kernels.add`."""
     checks.check_codes(a, b)

@@ -137,15 +137,15 @@ def test_max_pool_equals_torch(engine: Engine, seed: int, channels: int, kernel,
     seed=st.integers(0, 10**6), channels=st.sampled_from([1, 3, 16, 24, 64, 70]), kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     stride=st.tuples(st.integers(1, 3), st.integers(1, 3)), dilation=st.integers(1, 2), ceil_mode=st.booleans(), batch=st.integers(1, 2), wide=st.booleans(),
 )  # fmt: skip
-def test_pools_of_codes_and_of_floats_equal_torch(engine, seed, channels, kernel, stride, dilation, ceil_mode, batch, wide) -> None:  # type: ignore[no-untyped-def]
+def test_pool_of_codes_equals_torch(engine, seed, channels, kernel, stride, dilation, ceil_mode, batch, wide) -> None:  # type: ignore[no-untyped-def]
     rng = np.random.default_rng(seed)
     padding = tuple(int(rng.integers(0, k // 2 + 1)) for k in kernel)
     h, w = (int(dilation * (k - 1) + 1 + rng.integers(0, 40 if wide else 6)) for k in kernel)
-    for dtype in ("uint8", "int8", "float32"):
+    for dtype in ("uint8", "int8"):
         x = (rng.standard_normal((batch, h, w, channels)) * 50).astype(dtype)
         want = torch.nn.functional.max_pool2d(torch.from_numpy(x).permute(0, 3, 1, 2).float(), kernel, stride, padding, dilation, ceil_mode)
-        pool, given_x = (engine.float_pool, x.transpose(0, 3, 1, 2)) if dtype == "float32" else (engine.code_pool, x)
-        assert same(pool(given_x, kernel, stride, padding, (dilation, dilation), ceil_mode, 2), want.permute(0, 2, 3, 1).numpy().astype(dtype))
+        got = engine.code_pool(x, kernel, stride, padding, (dilation, dilation), ceil_mode, 2)
+        assert same(got, want.permute(0, 2, 3, 1).numpy().astype(dtype))
 
 
 @engines
@@ -183,8 +183,6 @@ def test_add_equals_the_reference_kernel_on_all_codes(engine: Engine) -> None:
         ra, rb = np.float32(qa.scale) / sc, np.float32(qb.scale) / sc
         fixed = np.float32(int(qc.zero_point)) - kernels._fma(ra, np.float32(int(qa.zero_point)), rb * np.float32(int(qb.zero_point)))
         assert same(engine.add(a, b, layout.AddConstants(ra, rb, fixed)), want)
-        narrow = engine.add(a, b, layout.AddConstants(ra, rb, fixed, narrow=True))
-        assert np.abs(narrow.astype(int) - want).max() <= 1 and (narrow != want).sum() < 10  # a second rounding of float64 seldom matters
         assert engine.add(a, b, layout.AddConstants(ra, rb, fixed, 3, 100)).max() <= 100
 
 
@@ -211,8 +209,6 @@ def test_table(engine: Engine) -> None:
         (lambda e, c: e.unpack(c.packed, 65), "1 words do not hold 65 channels"),
         (lambda e, c: e.max_pool(c.packed, 64, (2, 2), (0, 1), (0, 0)), "do not make a window"),
         (lambda e, c: e.code_pool(np.zeros((1, 4, 4, 3), np.float32), (2, 2), (2, 2), (0, 0)), "float32 .* cannot be pooled"),
-        (lambda e, c: e.float_pool(np.zeros((4, 4, 3), np.float32), (2, 2), (2, 2), (0, 0)), "cannot be pooled"),
-        (lambda e, c: e.float_pool(np.zeros((1, 3, 4, 4), np.float32), (5, 2), (2, 2), (0, 0)), "window of 5x2 does not fit"),
         (lambda e, c: e.add(np.zeros(3, np.uint8), np.zeros(4, np.uint8), layout.AddConstants(1, 1, 0)), "no codes of one shape"),
         (lambda e, c: e.table(np.zeros(3, np.int8), np.zeros(256, np.uint8)), "no codes of one shape"),
         (lambda e, c: e.quantize(np.zeros((1, 2, 3)), 1, 0, 0, 255, True), "float64 .* cannot be quantized"),
