@@ -7,7 +7,6 @@ import hashlib
 import sys
 import threading
 from collections.abc import Callable
-from functools import cache
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,6 @@ class Kernel:
         self.function, self.address = self._compiled.ctypes, self._compiled.address
 
 
-@cache
 def source_digest() -> int:
     """Of the files that the kernels consist of: part of the key of numba's cache, which itself looks at one file only."""
     here = Path(__file__).parent
@@ -59,6 +57,7 @@ def source_digest() -> int:
     return int.from_bytes(hashlib.sha256(text).digest()[:6], "little")
 
 
+DIGEST = source_digest()  # now, not when something is compiled: the files may change while the process lives
 _COMPILE = threading.Lock()
 KERNELS: dict[Any, Kernel] = {}
 
@@ -70,7 +69,7 @@ def compiled(key: Any, make: Callable[[int], Callable[[Any], None]]) -> Kernel:
         with _COMPILE:
             found = KERNELS.get(key)
             if found is None:
-                found = KERNELS[key] = Kernel(lambda cached: cfunc(SIGNATURE, cache=cached, error_model="numpy")(make(source_digest())))
+                found = KERNELS[key] = Kernel(lambda cached: cfunc(SIGNATURE, cache=cached, error_model="numpy")(make(DIGEST)))
     return found
 
 
