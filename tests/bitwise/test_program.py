@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -10,11 +11,17 @@ import torch
 from torch import Tensor, nn
 
 import fxq
+from fxq import kernels
 from fxq.backends.reference import Reference
+from fxq.bitwise.code_modules import CodeAdd, CodesOp
 from fxq.bitwise.modules import BitConv
 from fxq.bitwise.program import BitProgram
+from fxq.bitwise.runner import Runner
 from fxq.compiled import CompiledModel
 from fxq.errors import FxqError, LoweringError
+from fxq.kernels import Codes
+from fxq.modules import Add
+from fxq.spec import QParams, QuantSpec
 from tests.bit_checks import differing
 from tests.bit_nets import BitNet, Wide, compiled
 
@@ -188,3 +195,66 @@ def test_nets_of_several_inputs() -> None:
     torch.manual_seed(0)
     m = fxq.compile(Two().eval(), "xnor_w1a1", calibration=[(images(), images())], progress=False)
     assert differing(m.graph_module, images(), images(2) * 2) == []
+
+
+def test_values_are_dropped_after_their_last_reader() -> None:
+    class Watch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.alive: list[bool] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.alive = [ref() is not None for ref in seen]
+            out = x + 1
+            seen.append(weakref.ref(out))
+            return out
+
+    seen: list[Any] = []
+    gm = torch.fx.symbolic_trace(nn.Sequential(nn.Identity()))
+    graph, gm.a, gm.b, gm.c = torch.fx.Graph(), Watch(), Watch(), Watch()
+    x = graph.placeholder("x")
+    for name in "abc":
+        x = graph.call_module(name, (x,))
+    graph.output({"y": [x]})
+    gm.graph = graph
+    assert Runner(gm)(torch.zeros(2))["y"][0].tolist() == [3.0, 3.0]
+    assert gm.c.alive == [False, True]
+
+
+def test_nodes_with_other_arguments_run_as_the_graph_says() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(3))
+            self.pool = nn.AvgPool1d(2)
+
+        def forward(self, x: Tensor, ys: list[Tensor]) -> Any:
+            return {"a": (x.reshape(1, -1) + self.w.sum() * 2, [ys[1]]), "b": torch.cat([x, ys[0]], dim=0), "c": self.pool(input=x[None])}
+
+    gm = torch.fx.symbolic_trace(Mixed(), concrete_args=None)
+    x, ys = torch.randn(4), [torch.randn(2), torch.randn(1)]
+    found, wanted = Runner(gm)(x, ys), gm(x, ys)
+    assert torch.equal(found["b"], wanted["b"]) and torch.equal(found["c"], wanted["c"])
+    assert torch.equal(found["a"][0], wanted["a"][0]) and found["a"][1][0] is ys[1] and type(found) is dict
+
+
+def test_sums_of_one_element_keep_the_order_of_the_runtime() -> None:
+    spec = QuantSpec.parse("u8/pt")
+
+    def grid(scale: float, zero: int) -> QParams:
+        return QParams(spec, torch.tensor(scale), torch.tensor(zero, dtype=torch.int32))
+
+    every = torch.arange(256, dtype=torch.uint8)
+    a, b = every.repeat_interleave(256), every.repeat(256)
+    compared = 0
+    for i in range(400):
+        qa, qb, out = grid(0.01 + i * 0.0137, i % 251), grid(0.02 + i * 0.0071, (3 * i) % 256), grid(0.05 + i * 0.02, (7 * i) % 256)
+        plain, turned = (kernels.add(Add(), xs, out) for xs in ([Codes(a, qa), Codes(b, qb)], [Codes(b, qb), Codes(a, qa)]))
+        for at in (plain != turned).nonzero().flatten().tolist()[:3]:
+            step = CodeAdd(CodesOp("add", Add(), [qa, qb], out, 4), qa, qb, out)
+            one = [v[at].reshape(1, 1, 1, 1) for v in (a, b)]
+            assert torch.equal(step(*one), kernels.add(Add(), [Codes(one[0], qa), Codes(one[1], qb)], out)) and int(step(*one)) == int(turned[at])
+            compared += 1
+        if compared >= 3:
+            return
+    raise AssertionError("no sum depends on the order")
