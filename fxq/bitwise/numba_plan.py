@@ -111,12 +111,22 @@ class Plan:
             self.description[getattr(c, name) // 8] = value
 
     def _split(self, oh: int, ow: int, batch: int, fit: int, blocks: int) -> tuple[int, int]:
-        """Output rows and blocks of output channels of a unit: what fits into the cache, and four units a thread where there are so many."""
-        rows = min(oh, fit, max(1, 4096 // ow))
-        parts, group = -(-oh // rows), blocks
-        if self.threads > 1:  # rows first: threads that write to the same places get in each other's way
-            wanted = 4 * self.threads
-            parts = max(parts, min(-(-wanted // batch), oh * ow // PIXELS, oh))
-            if batch * parts < wanted:
-                group = max(1, blocks * batch * parts // wanted)
-        return -(-oh // parts), group
+        """Output rows and blocks of output channels of a unit: what fits into the cache, and the same work for each thread.
+
+        Rows are dealt out first, as threads that write to the same places get in each other's way, then blocks.
+        """
+        most, n = max(1, min(oh, fit, 4096 // ow)), self.threads
+        if n == 1:
+            return -(-oh // -(-oh // most)), blocks
+
+        def share(rows: int, some: int) -> float:
+            """Of all work, that of the thread that has most."""
+            units = batch * -(-oh // rows) * -(-blocks // some)
+            return -(-units // n) * rows * some / (batch * oh * blocks)
+
+        def rank(rows: int) -> tuple[float, int]:
+            return share(rows, blocks), abs(batch * -(-oh // rows) - 4 * n)
+
+        rows = min(range(most, min(most, -(-PIXELS // ow)) - 1, -1), key=rank)
+        group = max(1, blocks * batch * -(-oh // most) // (4 * n))
+        return (most, group) if share(most, group) * 1.06 < share(rows, blocks) else (rows, blocks)

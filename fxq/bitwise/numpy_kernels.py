@@ -11,6 +11,8 @@ from fxq.bitwise.bits import WORD, Array, Pair, pack_bits, popcount, unpack_bits
 from fxq.bitwise.layout import CHUNK, AddConstants, Epilogue, Layer
 
 F4, F8 = np.float32, np.float64
+SMALL = 1 << 15
+"""Words of a temporary array that stays in the cache."""
 
 
 # ---------------------------------------------------------------- convolution, matrix product
@@ -80,23 +82,25 @@ def _gathered(x: Array, layer: Layer) -> Array:
 
 def _sums(x: Array, w: Array) -> Array:
     """``popcount(m) - 2 * popcount((x ^ w) & m)``, without the first term for binary ``x``; x ``[P, pixels, k]``, w ``[planes, k, lanes]``."""
-    out = np.empty((x.shape[1], w.shape[2]), np.int32)
-    step = max(1, CHUNK // 16 // (w.shape[1] * w.shape[2]))
-    for i in range(0, len(out), step):
-        diff = x[0, i : i + step, :, None] ^ w[0]
-        if len(x) == 2 and len(w) == 2:
-            mask = x[1, i : i + step, :, None] & w[1]
-            diff &= mask
-            out[i : i + step] = popcount(mask).sum(1, dtype=np.int32)
-        elif len(x) == 2:
-            mask = x[1, i : i + step]
-            diff &= mask[:, :, None]
-            out[i : i + step] = popcount(mask).sum(1, dtype=np.int32)[:, None]
-        else:
-            if len(w) == 2:
-                diff &= w[1]
-            out[i : i + step] = 0
-        out[i : i + step] -= 2 * popcount(diff).sum(1, dtype=np.int32)
+    count, lanes = x.shape[1], w.shape[2]
+    out = np.zeros((count, lanes), np.int32)
+    if len(x) == 2 and len(w) == 1:
+        out += popcount(x[1]).sum(1, dtype=np.int32)[:, None]
+    x, w = np.ascontiguousarray(x.transpose(0, 2, 1))[..., None], w[:, :, None]
+    pixels = min(count, SMALL // lanes)
+    words = max(1, SMALL // (pixels * lanes))
+    for i in range(0, count, pixels):
+        part = out[i : i + pixels]
+        for k in range(0, x.shape[1], words):
+            a, b = x[:, k : k + words, i : i + pixels], w[:, k : k + words]
+            diff = a[0] ^ b[0]
+            if len(a) == 2 and len(b) == 2:
+                mask = a[1] & b[1]
+                diff &= mask
+                part += popcount(mask).sum(0, dtype=np.int32)
+            elif len(a) == 2 or len(b) == 2:
+                diff &= a[1] if len(a) == 2 else b[1]
+            part -= 2 * popcount(diff).sum(0, dtype=np.int32)
     return out
 
 
