@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from fxq.bitwise import numpy_kernels
 from fxq.bitwise.layout import AddConstants
+from fxq.bitwise.numba_jit import jit
 
 Array = np.ndarray[Any, Any]
 F4 = np.float32
 
 
-@njit(cache=True, nogil=True, boundscheck=False, fastmath={"contract", "nnan", "ninf"})
+@jit("contract", "nnan", "ninf")
 def _add(a: Array, b: Array, ra: Any, rb: Any, fixed: Any, most: Any, out: Array) -> None:
     for i in range(a.shape[0]):
         v = ra * np.float32(a[i]) + (rb * np.float32(b[i]) + fixed)  # two fused multiply-adds

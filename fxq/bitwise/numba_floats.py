@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from fxq.bitwise.numba_jit import jit
 
 Array = np.ndarray[Any, Any]
 BLOCK = 16
 """Channels whose results are written after one another: one line of the cache."""
-OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "boundscheck": False, "fastmath": {"nnan", "nsz"}}
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@jit("nnan", "nsz")
 def _rows(plane: Array, first: int, last: int, step: int, to: Array, start: int, width: int) -> None:
     """``to[start:start + width]``: maximum of the rows ``first``, ``first + step``, ... below ``last``, at least of one."""
     to = to[start : start + width]
@@ -28,7 +28,7 @@ def _rows(plane: Array, first: int, last: int, step: int, to: Array, start: int,
         r += step
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@jit("nnan", "nsz")
 def _columns3(line: Array, to: Array, count: int, stride: int) -> None:
     """``to[i]``: maximum of three neighbours from ``line[i * stride]`` on."""
     for i in range(count):
@@ -36,7 +36,7 @@ def _columns3(line: Array, to: Array, count: int, stride: int) -> None:
         to[i] = max(line[at], max(line[at + 1], line[at + 2]))
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@jit("nnan", "nsz")
 def _columns(line: Array, to: Array, count: int, stride: int, kernel: int, dilation: int) -> None:
     """``to[i]``: maximum of ``kernel`` values from ``line[i * stride]`` on, ``dilation`` apart."""
     for i in range(count):
@@ -46,7 +46,7 @@ def _columns(line: Array, to: Array, count: int, stride: int, kernel: int, dilat
         to[i] = v
 
 
-@njit(**OPTIONS)  # type: ignore[untyped-decorator]
+@jit("nnan", "nsz")
 def float_pool(x: Array, window: Array, out: Array) -> None:
     """Maximum over windows; what a NaN gives is not defined.
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+
+from fxq.bitwise.numba_jit import jit
 
 Array = np.ndarray[Any, Any]
 NIBBLE, LANES = 4, 4
@@ -26,7 +27,7 @@ def tables(channels: int, indices: Array) -> Array:
     return made
 
 
-@njit(cache=True, nogil=True, boundscheck=False)
+@jit()
 def select(x: Array, by: Array, out: Array) -> None:
     """Write ``out`` ``[places, words]`` from ``x`` ``[places, words of the input]`` by :func:`tables`; ``words`` is a multiple of 4."""
     groups, words = by.shape[0], np.uint64(by.shape[2])
@@ -64,7 +65,7 @@ def spread(groups: int) -> Array:
     return sum(((n >> np.uint64(b) & np.uint64(1)) << np.uint64(b * groups) for b in range(piece)), np.zeros_like(n))
 
 
-@njit(cache=True, nogil=True, boundscheck=False)
+@jit()
 def shuffle(x: Array, groups: int, by: Array, out: Array) -> None:
     """Write ``out`` ``[places, words]``: the channels of ``x``, of the same shape, shuffled; ``by`` of :func:`spread`."""
     words = x.shape[1]
