@@ -45,7 +45,7 @@ def program_times(
     finally:
         for h in hooks:
             h.remove()
-    names = program._paths
+    names = program.layer_names
     found = []
     for n, module in nodes:
         layer = _layer(n, module, seen, dict(nodes))

@@ -167,6 +167,11 @@ class BitProgram(nn.Module):
             shown = {name: _codes(v, recorder.seen[v.node]) for name, v in self._values.items() if v.node in recorder.seen}
         return {name: codes for name, codes in shown.items() if codes is not None}
 
+    @property
+    def layer_names(self) -> dict[str, str]:
+        """Of each layer on bits its path in ``graph_module``, and the module path that it had in the model."""
+        return dict(self._paths)
+
     def report(self) -> BitReport:
         """Engine, layers, bytes, and what does not run on bits."""
         e = engine()
