@@ -6,7 +6,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from fxq.bitwise.vectors import F32, I8, I32, I64, LANES, cgutils, const, element, load, operation, rounded, splat, store, variable, vec
+from fxq.bitwise.vectors import F32, I8, I32, I64, LANES, cgutils, const, element, joined, load, operation, rounded, splat, store, variable, vec
 
 WIDE = 32 if LANES == 8 else 8
 """Output channels of the large tile; the accumulators of 5 pixels must stay in registers."""
@@ -45,10 +45,9 @@ def tile(pixels: int, lanes: int, planes: int, masked: bool) -> Any:
                         hidden = b.asm(ir.FunctionType(I64, [I64]), "", "=r,0", [here], True)
                         ws = [load(b, b.add(hidden, I64(8 * n * v)), vec(I64, n), 8) for v in range(count)]
                     _word(b, pop, acc[p], ws, ms, b.add(starts[p], at), delta, planes, n)
-        for p in range(pixels):
-            for v in range(count):
-                value = b.trunc(b.load(acc[p][v]), vec(I32, n))
-                store(b, value if planes == 2 and masked else b.shl(value, const(I32, n, 1)), b.add(out, I64(128 * p + 4 * n * v)), 4)
+        for p in range(pixels):  # in one piece, as it is read: a processor hands on what it has just stored only if the pieces are the same
+            value = joined(b, [b.trunc(b.load(a), vec(I32, n)) for a in acc[p]], n)
+            store(b, value if planes == 2 and masked else b.shl(value, const(I32, lanes, 1)), b.add(out, I64(128 * p)), 4)
 
     return dots
 

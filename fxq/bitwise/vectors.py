@@ -92,6 +92,14 @@ def splat(b: Any, x: Any, n: int) -> Any:
     return b.shuffle_vector(v, v, const(I32, n, 0))
 
 
+def joined(b: Any, parts: list[Any], n: int) -> Any:
+    """Vectors of ``n`` elements one behind the other; a power of two of them."""
+    while len(parts) > 1:
+        parts = [b.shuffle_vector(p, q, ir.Constant(vec(I32, 2 * n), list(range(2 * n)))) for p, q in zip(parts[::2], parts[1::2], strict=True)]
+        n *= 2
+    return parts[0]
+
+
 def element(b: Any, address: Any, index: Any, size: int) -> Any:
     return b.add(address, b.mul(index, I64(size)))
 
