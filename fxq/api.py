@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from fxq import admission, distributed, schemes, targets
 from fxq.calibration import Batches
 from fxq.compiled import BACKENDS, CompiledModel, FloatOp, backend
-from fxq.errors import CalibrationError, FxqError, SchemeError, TraceError, nearest
+from fxq.errors import CalibrationError, FxqError, PassError, SchemeError, TraceError, nearest
 from fxq.exported import program_module
 from fxq.graph import walk
 from fxq.heap import young
@@ -39,7 +39,7 @@ from fxq.pipeline import Pass, PassContext, Pipeline, Progress, no_progress
 from fxq.progress import ProgressBar
 from fxq.pruned import PrunedModel
 from fxq.schemes import Scheme
-from fxq.selectors import Selector, inside, require_named
+from fxq.selectors import Selector, inside, of_part, require_named
 from fxq.snapshot import History, Skip, take
 from fxq.targets import Target
 from fxq.trace import Captured, capture, resized
@@ -224,7 +224,14 @@ class _How:
 
 
 def _listed(selectors: Selector | Sequence[Selector]) -> tuple[Selector, ...]:
-    return tuple(selectors) if isinstance(selectors, Sequence) and not isinstance(selectors, str) else (selectors,)
+    """Raises:
+    PassError: for what names no layers.
+    """
+    found = tuple(selectors) if isinstance(selectors, Sequence) and not isinstance(selectors, str) else (selectors,)
+    for s in found:
+        if not isinstance(s, (str, type, int)):
+            raise PassError(f"{s!r} names no layers", where="skip=, int8=", way_out="Give patterns of module paths, module types, or numbers of layers")
+    return found
 
 
 def _mixed(net: nn.Module, data: Batches, ctx: PassContext, how: _How, budget: Budget, states: bool) -> CompiledModel:
@@ -300,7 +307,7 @@ def _compile_parts(captured: Captured, data: Iterable[tuple[Any, ...]], outer: P
     seen = _record_inputs(root, list(captured.parts), data) if static else {}
     model = CompiledModel(root, captured, History(), sch, tgt)
     for path, (gm, example) in captured.parts.items():
-        skips, eights = (tuple(p.removeprefix(f"{path}.") if isinstance(p, str) else p for p in s) for s in (outer.float_nodes, outer.int8_nodes))
+        skips, eights = (of_part(s, path) for s in (outer.float_nodes, outer.int8_nodes))
         history = History([take(gm, "trace", ms=ms)])
         names = [n for n, _ in gm.named_modules()]
         own = sch if sch.share is None else replace(sch, share=replace(sch.share, layers=inside(sch.share.layers, path, names)))

@@ -26,6 +26,7 @@ def run(a: argparse.Namespace) -> int:
     """Measure every weighted layer of a model in float32, in int8 and on bits, in turns, on this machine. Exit code 0, or 2: your mistake."""
     from fxq import sources
     from fxq.cli_doctor import default_inputs
+    from fxq.compiled import CompiledModel
     from fxq.layer_timing import layer_times
 
     model: Any
@@ -42,7 +43,7 @@ def run(a: argparse.Namespace) -> int:
     else:
         given = None if a.source.endswith(".fxq") else default_inputs(a.source, model)
         example = None if given is None else tuple(x[:1] for x in given)
-    if example is None:
+    if example is None and not isinstance(model, CompiledModel):
         raise InputError("the shapes are not known", where=a.source, way_out="Give --input 1,3,224,224, once per input")
     found = layer_times(model, example, threads=a.threads, activations=a.activations, weights=a.weights)
     print(json.dumps(found.to_json(), indent=1) if a.json else found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -36,6 +37,18 @@ class Time:
 
     us: float
     spread: float
+
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> Time:
+        """The time of ``dataclasses.asdict``.
+
+        Raises:
+            TypeError, ValueError: for anything else.
+        """
+        made = cls(**plain)
+        if not all(type(v) in (int, float) and 0 <= v < math.inf for v in (made.us, made.spread)):
+            raise ValueError("no such time")
+        return made
 
 
 def numbers(*shape: int) -> Array:

@@ -81,9 +81,24 @@ class LayerShape:
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> LayerShape:
-        """The shape of :meth:`to_json`."""
+        """The shape of :meth:`to_json`.
+
+        Raises:
+            TypeError, ValueError: for anything else.
+        """
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}
-        return cls(**fields)
+        made = cls(**fields)
+        made._check()
+        return made
+
+    def _check(self) -> None:
+        n = len(self.kernel)
+        lengths = {"kernel": n, "stride": n, "pads": 2 * n, "dilation": n, "size": n, "output_padding": len(self.output_padding) and n}
+        named = [(k, 0 if k in ("pads", "output_padding") else 1, getattr(self, k)) for k in lengths]
+        several = all(type(v) is tuple and len(v) == lengths[k] and all(type(i) is int and i >= low for i in v) for k, low, v in named)
+        single = all(type(v) is int and v > 0 for v in (self.batch, self.inputs, self.outputs, self.groups))
+        if not several or not single or (n in (1, 2, 3)) != (self.kind in ("conv", "conv_transpose")) or (not n) != (self.kind == "linear"):
+            raise ValueError("no such shape")
 
     def __str__(self) -> str:
         head = f"{self.inputs}->{self.outputs}"
@@ -110,6 +125,18 @@ class Form:
     weights: str = "binary"
     reads: str = BITS
     gives: str = BITS
+
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> Form:
+        """The form of ``dataclasses.asdict``.
+
+        Raises:
+            TypeError, ValueError: for anything else.
+        """
+        made, two = cls(**plain), ("binary", "ternary")
+        if made.activations not in two or made.weights not in two or not {made.reads, made.gives} <= {BITS, TRITS, CODES, FLOAT}:
+            raise ValueError("no such form on bits")
+        return made
 
     def __str__(self) -> str:
         return f"{self.weights} x {self.activations}, {self.reads} to {self.gives}"

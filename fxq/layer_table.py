@@ -61,9 +61,16 @@ class LayerTime:
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> LayerTime:
-        """The layer of :meth:`to_json`."""
-        times: dict[str, Any] = {k: Time(**v) if isinstance(v, dict) else v for k, v in plain["times"].items()}
-        return cls(plain["path"], LayerShape.from_json(plain["shape"]), Form(**plain["form"]), plain["runs"], Times(**times), plain.get("why", ""))
+        """The layer of :meth:`to_json`.
+
+        Raises:
+            AttributeError, KeyError, TypeError, ValueError: for anything else.
+        """
+        times: dict[str, Any] = {k: v if v is None or k == "float_by" else Time.from_json(v) for k, v in plain["times"].items()}
+        path, runs, why = plain["path"], plain["runs"], plain.get("why", "")
+        if times["float32"] is None or runs not in (BITS, INT8, FLOAT32) or not all(isinstance(v, str) for v in (path, why, times["float_by"])):
+            raise ValueError("no such layer")
+        return cls(path, LayerShape.from_json(plain["shape"]), Form.from_json(plain["form"]), runs, Times(**times), why)
 
 
 @dataclass(frozen=True)
@@ -102,9 +109,11 @@ class LayerTimes:
         """
         try:
             found = json.loads(plain) if isinstance(plain, str) else plain
-            layers = tuple(LayerTime.from_json(v) for v in found["layers"])
-            return cls(layers, int(found["threads"]), {str(k): str(v) for k, v in found["machine"].items()})
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            layers, threads = found["layers"], found["threads"]
+            if not isinstance(layers, list) or type(threads) is not int or threads < 1:
+                raise ValueError("layers are a list, threads a number from 1 on")
+            return cls(tuple(LayerTime.from_json(v) for v in layers), threads, {str(k): str(v) for k, v in found["machine"].items()})
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as e:
             raise SchemeError(f"these are no layer times: {e}", way_out="Give what fxq.layer_times(...).to_json() wrote") from e
 
     def find(self, shape: LayerShape, form: Form) -> LayerTime:
@@ -129,7 +138,7 @@ def _cells(t: LayerTime) -> tuple[str, ...]:
 
 
 def _ratio(a: Time | None, b: Time | None) -> str:
-    return "-" if a is None or b is None else f"{a.us / b.us:.2f}"
+    return "-" if a is None or b is None or not b.us else f"{a.us / b.us:.2f}"
 
 
 Measure = Callable[[LayerShape, Form, int, bool], Times]

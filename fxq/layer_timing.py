@@ -16,6 +16,7 @@ from fxq.layer_shapes import Form
 from fxq.layer_table import LayerTimes, about, times_of
 from fxq.prunable import canonical_graph
 from fxq.pruned import PrunedModel
+from fxq.trainable import TrainableModel
 
 KINDS = ("binary", "ternary")
 
@@ -29,9 +30,10 @@ def layer_times(model: nn.Module, example: Any = None, *, threads: int = 1, acti
     measured once in a process. With one thread times are processor time, which other processes disturb less; with more, wall time.
 
     Args:
-        model: a float module, with ``example``; or a :class:`~fxq.compiled.CompiledModel`, whose layers are measured with the grids that they have.
-            or a net on bits (:class:`~fxq.bitwise.program.BitProgram`, what ``fxq.load`` gives of a ``net.fxq``), with ``example``.
-            None is changed. A float net is measured as if all its layers were binary (or as ``activations`` and ``weights`` say).
+        model: a float module, with ``example``; or a :class:`~fxq.compiled.CompiledModel`, whose layers are measured with the grids that they have
+            (one in training as :meth:`~fxq.trainable.TrainableModel.convert` gives it); or a net on bits (:class:`~fxq.bitwise.program.BitProgram`,
+            what ``fxq.load`` gives of a ``net.fxq``), with ``example``. None is changed.
+            A float net is measured as if all its layers were binary (or as ``activations`` and ``weights`` say).
         example: one batch of inputs (a tensor or a tuple): its sizes count, and its number of samples. Without it, one sample of what the model
             was compiled with.
         threads: of each run.
@@ -41,7 +43,7 @@ def layer_times(model: nn.Module, example: Any = None, *, threads: int = 1, acti
         PassError: no example for a float model, bad numbers, or a kind of values that does not exist.
         TraceError: the model cannot be captured as one graph.
     """
-    if threads < 1:
+    if type(threads) is not int or threads < 1:
         raise PassError(f"{threads} threads run nothing", where="layer_times", way_out="Give threads=1 or more")
     for name, kind in (("activations", activations), ("weights", weights)):
         if kind not in KINDS:
@@ -70,6 +72,8 @@ def _graph(model: Any, example: Any) -> tuple[GraphModule, int]:
     """A canonical graph with shapes, and the number of samples."""
     net = admission.unwrapped(model)
     net = net.root if isinstance(net, PrunedModel) else net
+    if isinstance(net, TrainableModel):
+        net = net.convert()
     if isinstance(net, CompiledModel):
         if example is not None:
             raise PassError("a compiled model has its shapes", where="layer_times", way_out="Leave example= out, or give the float model")

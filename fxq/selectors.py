@@ -34,6 +34,11 @@ def inside(patterns: Mapping[str, T], path: str, names: Collection[str]) -> dict
     return own
 
 
+def of_part(selectors: Sequence[Selector], path: str) -> tuple[Selector, ...]:
+    """Selectors of a model's layers as one part of it reads them, in its own paths; one that names the part as a whole names all its layers."""
+    return tuple(("*" if fits(path, s) else s.removeprefix(f"{path}.")) if isinstance(s, str) else s for s in selectors)
+
+
 def require_named(patterns: Collection[str], paths: Collection[str], what: str, where: str) -> None:
     """Each pattern names one of the module paths.
 

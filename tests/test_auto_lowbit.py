@@ -164,12 +164,34 @@ def test_ternary_activations_are_asked_for_as_such() -> None:
     assert kinds(m)["b"] == "int8" and kinds(m)["c"] == "bits" and m.verify(m.lower(), OTHER).ok
 
 
+class Parts(nn.Module):
+    """It can only be captured in parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = net(), net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x if float(x.sum().item()) > 0 else -x) + self.two(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("named", "which"), [("two", ["two"]), ("t*", ["two"]), ("two.*", ["two"]), ("*", ["one", "two"]), ("one.b", [])])
+def test_a_part_is_named_as_a_whole(named: str, which: list[str]) -> None:
+    m = fxq.compile(Parts().eval(), "xnor_w1a1", calibration=X, int8=named, progress=False)
+    found = {path: {k for k, way in kinds(part).items() if way == "int8"} for path, part in m.parts.items()}
+    assert [path for path in m.parts if {"a", "b", "c", "d", "fc"} <= found[path]] == which
+    assert named != "one.b" or found == {"one": {"b"}, "two": set()}
+
+
 def test_what_makes_no_sense() -> None:
     one = LayerTimes(given({}).layers[:1])
     for options, error, text in (
         ({"scheme": "auto-lowbit", "times": one}, SchemeError, "the given times have no layer 8->8 3x3 @12x12 groups 2"),
         ({"scheme": "auto-lowbit", "times": "fast"}, SchemeError, "times= is str, not LayerTimes"),
         ({"scheme": "xnor_w1a1", "times": one}, SchemeError, "times= is what 'auto-lowbit' chooses by, the scheme is 'xnor_w1a1'"),
+        ({"scheme": "xnor_w1a1", "int8": None}, PassError, "None names no layers"),
+        ({"scheme": "xnor_w1a1", "int8": ["b", 1.5]}, PassError, "1.5 names no layers"),
+        ({"scheme": "xnor_w1a1", "skip": None}, PassError, "None names no layers"),
         ({"scheme": "iao_w8a8", "int8": "b"}, SchemeError, "'iao_w8a8' is int8 already"),
         ({"scheme": "xnor_w1a32", "int8": "b"}, SchemeError, "'xnor_w1a32' is weight-only"),
         ({"scheme": "auto-lowbit", "budget": fxq.Budget(bytes=0.5)}, SchemeError, "bits are chosen after training"),

@@ -48,6 +48,15 @@ def test_a_net_on_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert found == {"a": "float32", "b": "bits", "c": "bits", "up": "float32", "d": "bits", "fc": "float32"}
 
 
+def test_a_saved_model_has_its_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "model.fxq"
+    fxq.save(fxq.compile(net(), "xnor_w1a1", calibration=X, progress=False), path)
+    assert command.main(["times", str(path), "--json"]) == 0
+    assert [t["path"] for t in json.loads(capsys.readouterr().out)["layers"]] == ["a", "b", "c", "up", "d", "fc"]
+    assert command.main(["times", str(path), "--input", "1,3,12,12"]) == 2
+    assert "a compiled model has its shapes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "text"),
     [

@@ -19,7 +19,7 @@ from fxq.costs import layer_costs
 from fxq.errors import FxqError, PassError, SchemeError
 from fxq.layer_runs import Time, Times
 from fxq.layer_shapes import BITS, CODES, FLOAT, TRITS, Form, LayerShape, layers_of, no_bits, plain_module, shape_of
-from fxq.layer_table import LayerTimes
+from fxq.layer_table import LayerTime, LayerTimes
 from fxq.prunable import canonical_graph
 from tests.lowbit_nets import X, net
 
@@ -215,6 +215,7 @@ def test_what_cannot_be_measured() -> None:
         (lambda: fxq.layer_times(net()), PassError, "the shapes are not known"),
         (lambda: fxq.layer_times(m, X), PassError, "a compiled model has its shapes"),
         (lambda: fxq.layer_times(net(), X, threads=0), PassError, "0 threads run nothing"),
+        (lambda: fxq.layer_times(net(), X, threads=1.5), PassError, "1.5 threads run nothing"),  # type: ignore[arg-type]
         (lambda: fxq.layer_times(net(), X, activations="u8"), PassError, "activations='u8' have no kernel on bits"),
         (lambda: fxq.layer_times(nn.ReLU(), X), PassError, "no weighted layer"),
         (lambda: fxq.layer_times(3, X), FxqError, "expected a module, got int"),  # type: ignore[arg-type]
@@ -224,6 +225,58 @@ def test_what_cannot_be_measured() -> None:
     ):  # fmt: skip
         with pytest.raises(error, match=text):
             call()
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("threads",), v) for v in (0, 1.5, "2", True, float("inf"), None)
+    ] + [
+        (("layers",), v) for v in ({}, None, "abc", [3])
+    ] + [
+        (("layers", 0, "path"), 3), (("layers", 0, "why"), 3), (("layers", 0, "runs"), "fast"), (("layers", 0, "shape", "kind"), "pool"),
+        (("layers", 0, "shape", "inputs"), "3"), (("layers", 0, "shape", "inputs"), 0), (("layers", 0, "shape", "batch"), True),
+        (("layers", 0, "shape", "kernel"), 3), (("layers", 0, "shape", "kernel"), [3]), (("layers", 0, "shape", "kernel"), [[3], 3]),
+        (("layers", 0, "shape", "pads"), [1, 1, 1, -1]), (("layers", 0, "shape", "stride"), {}), (("layers", 0, "shape", "more"), 1),
+        (("layers", 0, "form", "weights"), "u8"), (("layers", 0, "form", "reads"), "u8"), (("layers", 0, "form", "gives"), []),
+        (("layers", 0, "times", "float32"), None), (("layers", 0, "times", "bits"), "fast"), (("layers", 0, "times", "float_by"), 3),
+        (("layers", 0, "times", "int8", "us"), "5"), (("layers", 0, "times", "int8", "us"), float("nan")), (("layers", 0, "times", "int8", "us"), -1.0),
+        (("layers", 0, "times", "int8", "us"), float("inf")), (("layers", 0, "times", "int8", "spread"), None),
+    ],
+)  # fmt: skip
+def test_hostile_times_are_refused(place: tuple[Any, ...], value: Any) -> None:
+    one = LayerTime("a", SMALL["3x3"], Form(), "float32", Times(Time(3.0, 0.1), "torch", Time(2.0, 0.1), Time(1.0, 0.1), Time(1.5, 0.1)))
+    plain = json.loads(json.dumps(LayerTimes((one,)).to_json()))
+    assert LayerTimes.from_json(plain).layers == (one,)
+    at = plain
+    for key in place[:-1]:
+        at = at[key]
+    at[place[-1]] = value
+    with pytest.raises(SchemeError, match="these are no layer times: "):
+        LayerTimes.from_json(plain)
+    with pytest.raises(SchemeError, match="these are no layer times: "):
+        LayerTimes.from_json(json.dumps(plain))
+
+
+def test_text_that_is_no_times() -> None:
+    for text in ("", "null", "[" * 100_000, '{"threads": 1' + "0" * 5000 + "}"):
+        with pytest.raises(SchemeError, match="these are no layer times: "):
+            LayerTimes.from_json(text)
+
+
+def test_a_clock_that_stands_still_divides_by_nothing() -> None:
+    """The processor time of some systems has steps of milliseconds."""
+    still = layer_runs._time([0.0] * 5)
+    text = str(LayerTimes((LayerTime("a", SMALL["3x3"], Form(), "float32", Times(still, "torch", still, still, still)),)))
+    assert still.us == 0 and " 0.0 " in text
+
+
+def test_a_model_in_training_is_measured_as_it_will_be_converted() -> None:
+    q = fxq.compile(net(), "xnor_w1a1", mode="qat", calibration=X, progress=False)
+    before = {k: v.clone() for k, v in q.train().named_parameters()}
+    found = {t.path: t.runs for t in fxq.layer_times(q).layers}
+    assert found == {"a": "float32", "b": "bits", "c": "bits", "up": "float32", "d": "bits", "fc": "float32"}
+    assert q.training and all(torch.equal(v, before[k]) for k, v in q.named_parameters()) and q.layer_times is None
 
 
 def test_the_cache_knows_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:

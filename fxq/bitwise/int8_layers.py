@@ -177,7 +177,14 @@ def takes(module: nn.Module, x: QParams, out: QParams | None) -> bool:
     if not plain or getattr(op, "padding_mode", "zeros") != "zeros" or wq.spec.axis not in (None, 0) or wq.spec.block is not None:
         return False
     whole = wq.spec.dtype == torch.int8 and wq.spec.kind != "float8" and not bool(wq.zero_point.any())
-    return whole and _is_byte(x) and _gives(out, op)
+    return whole and _is_byte(x) and _gives(out, op) and _in_int32(module, x)
+
+
+def _in_int32(module: Quantized, x: QParams) -> bool:
+    """No sum with its bias leaves int32, where the runtime's would wrap."""
+    bias, reach = module.bias_codes(), max(int(x.zero_point) - x.spec.qmin, x.spec.qmax - int(x.zero_point))
+    sums = reach * module.weight_codes().to(torch.int64).abs().flatten(1).sum(1)
+    return int((sums if bias is None else sums + bias.to(torch.int64).abs()).max()) < 1 << 31
 
 
 def _is_byte(qp: QParams) -> bool:

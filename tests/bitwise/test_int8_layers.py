@@ -81,6 +81,21 @@ def test_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not takes(conv, X, OUT)
 
 
+def test_sums_that_may_leave_int32_are_the_reference_s_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runtime's sum would wrap: the products and the bias each fit, together they do not."""
+    module = layer(nn.Linear(64, 1))
+    module.op.weight.data = torch.ones(1, 64)
+    module.weight_grid.scale.fill_(1 / 127)
+    room = (1 << 31) - 64 * 127 * (255 - 117)
+    x = torch.full((1, 64), 255, dtype=torch.uint8)
+    for bias, fits in ((room - 1, True), (room, False), (-room, False)):
+        monkeypatch.setattr(module, "bias_codes", lambda bias=bias: torch.tensor([bias], dtype=torch.int32))
+        assert takes(module, X, OUT) == takes(module, X, None) == fits
+        if bias > 0:
+            same = torch.equal(Int8Layer(module, X, OUT)(x), kernels.weighted(module, [Codes(x, X)], OUT))
+            assert same == fits, "the bound is the runtime's"
+
+
 def test_sessions_die_with_their_layer_and_know_the_threads() -> None:
     made = Int8Layer(layer(nn.Conv2d(4, 4, 3)), X, OUT)
     x = torch.zeros(1, 4, 5, 5, dtype=torch.uint8)
