@@ -66,18 +66,20 @@ class Quantize(nn.Module):
 class Real(nn.Module):
     """Real values of codes, float32, in torch's own order in memory."""
 
-    scale: Tensor
+    values: Tensor | None
 
     def __init__(self, qp: QParams) -> None:
         super().__init__()
-        self.register_buffer("scale", qp.scale.detach().clone())
         self.grid = qp
-        self.zero = int(qp.zero_point) if qp.spec.kind != "float8" and qp.spec.bits <= 16 and qp.scale.ndim == 0 else None
+        is_table = qp.spec.dtype in (torch.uint8, torch.int8) and qp.scale.ndim == 0
+        bytes_ = torch.arange(256, dtype=torch.uint8)
+        self.register_buffer("values", numerics.dequantize(bytes_.view(qp.spec.dtype), qp) if is_table else None)
 
     def forward(self, codes: Tensor) -> Tensor:
-        if self.zero is None:
+        if self.values is None or codes.ndim != 4:
             return numerics.dequantize(codes, self.grid).contiguous()
-        return codes.contiguous().to(torch.float32, copy=True).sub_(self.zero).mul_(self.scale)
+        out: Tensor = ops.code_real(codes, self.values)
+        return out
 
     def extra_repr(self) -> str:
         return str(self.grid)

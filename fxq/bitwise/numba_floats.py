@@ -1,4 +1,4 @@
-"""Max pools of float32 images with channels last as their result, compiled by numba. Imported only where numba is."""
+"""Floats of images, compiled by numba: max pools with channels last as their result, real values of codes. Imported only where numba is."""
 
 from __future__ import annotations
 
@@ -74,3 +74,24 @@ def float_pool(x: Array, window: Array, out: Array) -> None:
                         _columns3(line, out[b, y, :, c], ow, sx)
                     else:
                         _columns(line, out[b, y, :, c], ow, sx, kw, dx)
+
+
+PLACES, LINE = 16, 64
+"""Positions and channels of codes whose lines stay in the first-level cache while they are turned."""
+
+
+@jit()
+def real(codes: Array, values: Array, out: Array) -> None:
+    """``out[b, c, s] = values[codes[b, s, c]]``.
+
+    Args:
+        codes: uint8 ``[B, S, C]``. values: float32 ``[256]``. out: float32 ``[B, C, S]``.
+    """
+    batch, places, channels = codes.shape
+    for b in range(batch):
+        for s0 in range(0, places, PLACES):
+            last = min(places, s0 + PLACES)
+            for c0 in range(0, channels, LINE):
+                for c in range(c0, min(channels, c0 + LINE)):
+                    for s in range(s0, last):
+                        out[b, c, s] = values[codes[b, s, c]]

@@ -331,6 +331,25 @@ def _(x: Tensor, values: Tensor) -> Tensor:
 
 
 @Operator
+def code_real(x: Tensor, values: Tensor) -> Tensor:
+    """``values[x]``: real values of uint8 or int8 codes ``[B, C, H, W]``, in torch's own order in memory; ``values``: float32, by the 256 bytes."""
+    codes = operators.places(x).view(np.uint8)
+    if engine().name != "numba":
+        return torch.from_numpy(operators.ordered(values.numpy()[codes.transpose(0, 3, 1, 2)]))
+    from fxq.bitwise import numba_floats
+
+    batch, height, width, channels = codes.shape
+    out = np.empty((batch, channels, height * width), np.float32)
+    numba_floats.real(codes.reshape(batch, height * width, channels), values.numpy(), out)
+    return torch.from_numpy(out.reshape(batch, channels, height, width))
+
+
+@meta(code_real)
+def _(x: Tensor, values: Tensor) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.float32)
+
+
+@Operator
 def quantize(x: Tensor, scale: float, zero: int, qmin: int, qmax: int) -> Tensor:
     """Codes of float32 values on a grid of 8 bits or less with one scale (:func:`fxq.numerics.quantize`); of four dimensions channels last in memory."""
     a = x.detach().numpy()

@@ -182,3 +182,15 @@ def test_wrong_channels_are_refused() -> None:
         ops.bit_cat([bits, bits], [70, 10])
     with pytest.raises(FxqError, match="does not fit"):
         ops.float_max_pool(torch.zeros(1, 2, 1, 1), [3, 3], [1, 1], [0, 0], [1, 1], False)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+@pytest.mark.parametrize("shape", [(2, 70, 5, 7), (1, 3, 1, 1), (0, 4, 2, 2), (1, 130, 4, 4)])
+def test_real_values_of_codes_lie_in_torchs_order(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    x = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(3), dtype=torch.uint8).view(dtype)
+    values = torch.randn(256, generator=torch.Generator().manual_seed(4))
+    wanted = values[x.view(torch.uint8).long()]
+    for given_ in (x, x.contiguous(memory_format=torch.channels_last)):
+        y = ops.code_real(given_, values)
+        assert torch.equal(y, wanted) and y.is_contiguous()
+        torch.library.opcheck(ops.code_real.op, (given_, values), test_utils=CHECKS)  # type: ignore[arg-type]
