@@ -127,7 +127,7 @@ def max_pool(d):  # type: ignore[no-untyped-def]
         image, oy = unit // oh, unit % oh
         for ox in range(ow):
             for word in range(words):
-                plus, minus = 0, -1
+                plus, some = 0, -1  # where nothing is +1, what is not 0 everywhere is -1 everywhere
                 for i in range(load64(g)):
                     y = oy * load64(g + 8) - load64(g + 16) + i * load64(g + 24)
                     if y >= 0 and y < height:
@@ -135,14 +135,13 @@ def max_pool(d):  # type: ignore[no-untyped-def]
                             x = ox * load64(g + 40) - load64(g + 48) + j * load64(g + 56)
                             if x >= 0 and x < width:
                                 at = load64(d + A) + (((image * height + y) * width + x) * words + word) * 8
-                                bits = load64(at)
-                                plus |= bits
+                                plus |= load64(at)
                                 if load64(d + K) == 2:
-                                    minus &= load64(at + load64(d + B)) ^ bits
+                                    some &= load64(at + load64(d + B))
                 to = load64(d + IMAGE) + ((unit * ow + ox) * words + word) * 8
                 store64(to, plus)
                 if load64(d + K) == 2:
-                    store64(to + load64(d + J), plus | minus)
+                    store64(to + load64(d + J), plus | some)
 
 
 @helper

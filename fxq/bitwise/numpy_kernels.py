@@ -166,19 +166,19 @@ def unpack(packed: Array, channels: int, threads: int = 1) -> Array:
 def max_pool(
     packed: Array, channels: int, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair = (1, 1), ceil_mode: bool = False, threads: int = 1
 ) -> Array:
-    """Maximum over windows: OR of ``+1``; of ternary values AND of ``-1`` as well. Padding takes no part."""
+    """Maximum over windows: OR of ``+1``; not 0 is where that is set, or all values are not 0 (then all are -1). Padding takes no part."""
     oh, ow = checks.pool_geometry(packed, channels, kernel, stride, padding, dilation, ceil_mode)
     h, w = packed.shape[2:4]
     shape = (*packed.shape[1:2], oh, ow, packed.shape[4])
-    plus, minus = np.zeros(shape, np.uint64), np.full(shape, ~np.uint64(0))
+    plus, some = np.zeros(shape, np.uint64), np.full(shape, ~np.uint64(0))
     for i in range(kernel[0]):
         for j in range(kernel[1]):
             to_y, y = _inside(oh, stride[0], i * dilation[0] - padding[0], h)
             to_x, x = _inside(ow, stride[1], j * dilation[1] - padding[1], w)
             plus[:, to_y, to_x] |= packed[0][:, y, x]
             if len(packed) == 2:
-                minus[:, to_y, to_x] &= packed[1][:, y, x] ^ packed[0][:, y, x]
-    return plus[None] if len(packed) == 1 else np.stack([plus, plus | minus])
+                some[:, to_y, to_x] &= packed[1][:, y, x]
+    return plus[None] if len(packed) == 1 else np.stack([plus, plus | some])
 
 
 def _inside(out: int, stride: int, shift: int, size: int) -> tuple[slice, slice]:

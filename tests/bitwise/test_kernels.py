@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,12 @@ def test_conv_equals_the_sum_by_definition(engine: Engine, case: Case) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_conv_of_usual_layers(engine: Engine, shape: dict[str, int], ternary_w: bool, ternary_a: bool, threads: int) -> None:
+def test_conv_of_usual_layers(engine: Engine, shape: dict[str, int], ternary_w: bool, ternary_a: bool, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if threads > 1 and engine is not NUMPY:  # deal small work out as well, in units of a few rows
+        numba_plan = importlib.import_module("fxq.bitwise.numba_plan")
+        monkeypatch.setattr(numba_plan, "VECTORS", 1)
+        monkeypatch.setattr(numba_plan, "PIXELS", 5)
+        monkeypatch.setattr(numba_plan, "CACHE_BYTES", 2048)
     check_conv(engine, fixed_case(1, ternary_w=ternary_w, ternary_a=ternary_a, **shape), threads)
 
 
@@ -106,7 +112,9 @@ def test_pack_and_unpack(engine: Engine, seed: int, batch: int, channels: int, p
 
 @engines
 @pytest.mark.parametrize("threads", [1, 2])
-def test_pack_of_whole_tensors(engine: Engine, threads: int) -> None:
+def test_pack_of_whole_tensors(engine: Engine, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if engine is not NUMPY:
+        monkeypatch.setattr(engine.kernels, "WORK", 1)
     rng = np.random.default_rng(0)
     for channels, places, last in [(64, 196, False), (200, 49, False), (256, 64, True), (72, 130, True), (10, 1, False)]:
         x = rng.standard_normal((3, places, channels) if last else (3, channels, places)).astype(np.float32)
@@ -193,6 +201,26 @@ def test_table(engine: Engine) -> None:
     for size in [(), (1,), (63,), (2, 1000), (5, 7, 9)]:
         x = rng.integers(0, 256, size).astype(np.uint8)
         assert same(engine.table(x, values), values[x].reshape(size))
+
+
+@engines
+def test_codes_in_several_threads(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same results however the work is dealt out."""
+    if engine is not NUMPY:
+        monkeypatch.setattr(engine.kernels, "WORK", 1)
+    rng = np.random.default_rng(9)
+    a, b, values = (rng.integers(0, 256, size).astype(np.uint8) for size in ((2, 9, 7, 70), (2, 9, 7, 70), 256))
+    x, constants = rng.standard_normal((2, 70, 63)).astype(np.float32), layout.AddConstants(0.4, 0.7, 3.25)
+    packed = engine.pack(x, -0.3, 0.3, 2, False).reshape(2, 2, 9, 7, 2)
+    window: Any = ((3, 2), (2, 1), (1, 1))
+    calls = {
+        "add": lambda e, n: e.add(a, b, constants, n), "table": lambda e, n: e.table(a, values, n), "unpack": lambda e, n: e.unpack(packed, 70, n),
+        "quantize": lambda e, n: e.quantize(x, 0.02, 100, 0, 255, False, n), "rows": lambda e, n: e.quantize(x, 0.02, 0, -128, 127, True, n),
+        "max_pool": lambda e, n: e.max_pool(packed, 70, *window, threads=n), "code_pool": lambda e, n: e.code_pool(a, *window, threads=n),
+    }  # fmt: skip
+    for name, call in calls.items():
+        want = call(NUMPY, 1)
+        assert all(same(call(engine, n), want) for n in (1, 2, 5)), name
 
 
 @engines
