@@ -65,6 +65,8 @@ def chosen(times: tuple[LayerTime, ...], options: Mapping[str, str]) -> Answer:
 def _choice(layer: LayerTime, own: str) -> tuple[str, str]:
     times = layer.times
     mine, int8 = times.bits if own == BITS else times.float32, times.int8
+    if int8 is None and mine is None:
+        return own, f"as the scheme has it: there is no kernel in int8 or on bits ({layer.shape})"
     if int8 is None:
         return own, f"{_name(own)}: there is no int8 kernel ({layer.shape})"
     if mine is None:

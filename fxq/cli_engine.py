@@ -30,7 +30,7 @@ def add_options(p: argparse.ArgumentParser) -> None:
 
 
 def require_consistent(a: argparse.Namespace) -> None:
-    """Refuse options that need --to tensorrt, before the work starts.
+    """Refuse options that need another --to, before the work starts.
 
     Raises:
         InputError: naming the option.
@@ -39,6 +39,8 @@ def require_consistent(a: argparse.Namespace) -> None:
         for option in (*PROFILE, "timing_cache", "timeout", "reproducible", "strict", "dry_run"):
             if getattr(a, option):
                 raise InputError(f"--{option.replace('_', '-')} is for engines", way_out="Add --to tensorrt")
+    if a.float_dtype != "fp32" and a.to not in ("tensorrt", "onnx", "onnx-qdq"):
+        raise InputError("--float-dtype is for ONNX files and engines", way_out="Leave it out, or add --to onnx-qdq")
     counts = {len(getattr(a, name)) for name in PROFILE}
     if len(counts) > 1:
         raise InputError("--min, --opt and --max belong together", way_out="Give all three, once per input")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fxq
 from fxq import auto_lowbit, layer_runs, layer_table, schemes
-from fxq.errors import PassError, SchemeError
+from fxq.errors import LoweringError, PassError, SchemeError
 from fxq.layer_runs import Time, Times
 from fxq.layer_shapes import Form, LayerShape
 from fxq.layer_table import LayerTime, LayerTimes
@@ -54,7 +54,7 @@ def test_the_faster_way_is_taken() -> None:
     notes = {s.node: s.why for s in m.history["choose-layers"].skips}
     assert notes == {
         "a": "float: float32 1 us, int8 5 us", "b": "int8: bits 5 us, int8 1 us", "c": "binary: bits 1 us, int8 5 us",
-        "up": "binary: there is no int8 kernel (8->8 2x2 @12x12 stride 2x2 transposed)", "d": "binary: bits 1 us, int8 5 us",
+        "up": "as the scheme has it: there is no kernel in int8 or on bits (8->8 2x2 @12x12 stride 2x2 transposed)", "d": "binary: bits 1 us, int8 5 us",
         "fc": "int8: float32 9 us, int8 5 us",
     }  # fmt: skip
     assert m.history["choose-layers"].rewrites == 2 and "left alone: b: int8: bits 5 us" in str(m.history)
@@ -69,6 +69,14 @@ def test_a_choice_can_be_repeated_without_times() -> None:
     assert torch.equal(again.reference(OTHER), chosen.reference(OTHER)) and again.layer_times is None
     twice = compiled({"b": "int8"})
     assert torch.equal(twice.reference(OTHER), chosen.reference(OTHER))
+
+
+def test_where_int8_wins_everywhere_the_refusal_says_so() -> None:
+    m = compiled({k: "int8" for k in "abcd"})
+    assert set(kinds(m).values()) == {"int8", "float32"} and m.verify(m.lower(), OTHER).ok
+    with pytest.raises(LoweringError, match="no layer runs on bits") as e:
+        m.lower("bitwise")
+    assert e.value.way_out == "'auto-lowbit' found int8 faster for them here (m.layer_times): lower it to onnx-qdq, or compile it with xnor_w1a1"
 
 
 @pytest.mark.parametrize("faster", [{}, {"b": "int8"}, {"c": "int8", "a": "int8"}, {"b": "int8", "c": "int8", "d": "int8"}])

@@ -71,6 +71,7 @@ def test_a_difference_ends_with_code_1(here: Path, capsys: pytest.CaptureFixture
         (("--scheme", "int8"), "xnor_w1a1"),
         (("--target", "sm86", "--scheme", "int8"), "the graph is placed for 'sm86'. Compile it with target='bitwise'"),
         (("--target", "sm86"), "target 'sm86' does not take activation grids of u8/pt (scheme 'xnor_w1a1')"),
+        (("--float-dtype", "fp16"), "--float-dtype is for ONNX files and engines. Leave it out, or add --to onnx-qdq"),
         (("--strict",), "--strict is for engines. Add --to tensorrt"),
         (("--to", "bitwse"), "unknown backend 'bitwse'. did you mean 'bitwise'?"),
     ],
