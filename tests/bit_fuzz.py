@@ -56,6 +56,7 @@ def fuzz(seed: int, count: int) -> dict[str, int]:
     """How many files were refused, ran, or raised an exception when they ran; ``odd``: raised something else than ArchiveError on loading."""
     r, x, found = random.Random(seed), next(batches(1)), Counter[str]()
     plans = {name: archived.to_items(compiled(name)) for name in SCHEMES}
+    plans["8-bit layers"] = archived.to_items(compiled("xnor_w1a1", int8=[0, "b", "c", "fc2"]))
     made = {name: (list(p.items()), json.dumps({**p.head, "run": "bitwise"})) for name, p in plans.items()}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "net.fxq"

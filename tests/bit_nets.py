@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,7 @@ def randomized(net: nn.Module, seed: int = 0) -> nn.Module:
     return net.eval()
 
 
-def compiled(scheme: str = "xnor_w1a1", net: nn.Module | None = None, target: str = "onnxruntime", seed: int = 0) -> CompiledModel:
+def compiled(scheme: str = "xnor_w1a1", net: nn.Module | None = None, target: str = "onnxruntime", seed: int = 0, **options: Any) -> CompiledModel:
     torch.manual_seed(seed)
     net = randomized(BitNet() if net is None else net, seed)
-    return fxq.compile(net, SCHEMES[scheme], calibration=list(batches()), target=target, progress=False)
+    return fxq.compile(net, SCHEMES[scheme], calibration=list(batches()), target=target, progress=False, **options)

@@ -266,6 +266,13 @@ def test_every_output_is_compared(tmp_path: Path) -> None:
     assert proof.ok and len(proof.outputs) == 3 and proof.elements == sum(t.numel() for t in (want["all"], *want["some"])), str(proof)
 
 
+def test_an_output_is_exact_where_nothing_in_front_is_float(small: CompiledModel, saved: Path) -> None:
+    assert [o.exact for o in small.verify(saved, [X]).outputs] == [False]
+    whole = compiled("xnor_w1a1", int8=[0, "fc1", -1])
+    proof = whole.verify(whole.lower("bitwise"), [X])
+    assert proof.ok and [o.exact for o in proof.outputs] == [True] and proof.differ == 0 and not proof.float_nodes, str(proof)
+
+
 def test_another_model_is_not_proven(small: CompiledModel, saved: Path) -> None:
     with pytest.raises(ArtifactError, match="it holds another graph. This file belongs to another model"):
         compiled("xnor_w1a1", Wide(32)).verify(saved, [X])
@@ -287,6 +294,44 @@ def test_a_wrong_code_is_found_where_it_arises(small: CompiledModel, saved: Path
     monkeypatch.setattr(BitProgram, "values", values)
     proof = small.verify(saved, [X])
     assert not proof.ok and proof.differences[0].tensor == step and proof.differences[0].differ == 1
+    assert proof.hidden_differ == sum(d.differ for d in proof.differences) >= 1
+
+
+def test_a_wrong_float_is_found_where_it_arises(small: CompiledModel, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = BitProgram.values
+    step = next(n for n, v in fxq.load(saved).values(X).items() if v.is_floating_point())
+
+    def values(self: BitProgram, *inputs: Any) -> dict[str, torch.Tensor]:
+        found = dict(real(self, *inputs))
+        return {**found, step: found[step] * torch.where(torch.arange(found[step].shape[-1]) == 3, by, 1.0)}
+
+    monkeypatch.setattr(BitProgram, "values", values)
+    for by, ok in ((1 + 1e-7, True), (1.5, False), (float("nan"), False)):
+        proof = small.verify(saved, [X])
+        assert not proof.differences if ok else proof.differences[0].tensor == step and proof.differences[0].cause == "a float result is out of the bound", by
+        assert ok or not proof.ok and 1 <= proof.hidden_differ <= len(X)
+        assert ok or proof.differences[-1].tensor == proof.outputs[0].name, "the reference goes on from the program's own value"
+
+
+def test_a_wrong_output_is_found(small: CompiledModel, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = BitProgram.forward
+    for change in (lambda y: y * 1.5, lambda y: y + float("nan")):
+        monkeypatch.setattr(BitProgram, "forward", lambda self, *x, change=change: change(real(self, *x)))
+        proof = small.verify(saved, [X])
+        assert not proof.ok and proof.hidden_differ == 0 and [d.tensor for d in proof.differences] == [proof.outputs[0].name]
+    for other in (lambda y: (y, y), lambda y: y[:, :2]):
+        monkeypatch.setattr(BitProgram, "forward", lambda self, *x, other=other: other(real(self, *x)))
+        with pytest.raises(ArtifactError, match="This file belongs to another model"):
+            small.verify(saved, [X])
+
+
+def test_a_value_of_another_shape_or_type_is_a_difference(small: CompiledModel, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = BitProgram.values
+    step = next(n for n in fxq.load(saved).values(X) if n.startswith("b"))
+    for change in (lambda v: v[:1], lambda v: v.to(torch.int32)):
+        monkeypatch.setattr(BitProgram, "values", lambda self, *x, change=change: {k: change(v) if k == step else v for k, v in real(self, *x).items()})
+        proof = small.verify(saved, [X])
+        assert not proof.ok and proof.differences[0].tensor == step and proof.differences[0].cause.startswith("the program gives ["), str(proof)
 
 
 def test_a_sign_next_to_zero_is_a_tie_and_drowns_nothing(small: CompiledModel, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
