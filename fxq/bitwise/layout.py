@@ -108,7 +108,7 @@ class Layer:
         """
         (kh, kw), (sy, sx), (top, bottom, left, right), (dy, dx) = self.kernel, self.stride, self.padding, self.dilation
         oh, ow = (h + top + bottom - dy * (kh - 1) - 1) // sy + 1, (w + left + right - dx * (kw - 1) - 1) // sx + 1
-        if oh < 1 or ow < 1:
+        if oh < min(h, 1) or ow < min(w, 1):  # no rows of a linear layer give none
             raise FxqError(f"a kernel of {kh}x{kw} does not fit into an input of {h}x{w}", way_out="Pass larger inputs")
         return oh, ow
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fxq.bitwise import checks, numba_codes, vectors
+from fxq.bitwise import checks, numba_codes, numpy_kernels, vectors
 from fxq.bitwise import numba_conv as c
 from fxq.bitwise import threads as workers
 from fxq.bitwise.bits import Array, Pair, words_of
@@ -124,6 +124,8 @@ def _constants(e: Epilogue) -> list[int]:
 
 def conv(x: Array, layer: Layer, epilogue: Epilogue, threads: int = 1) -> Array:
     """Convolution of packed values, see :meth:`fxq.bitwise.engine.Engine.conv`."""
+    if not x.size:
+        return numpy_kernels.conv(x, layer, epilogue)
     plan: Any = layer.cache.get((x.shape, threads))
     result: Any = plan.result if plan is not None and x.dtype is U64 else (None,)
     if result[0] is not epilogue:

@@ -25,6 +25,8 @@ def conv(x: Array, layer: Layer, epilogue: Epilogue, threads: int = 1) -> Array:
     oh, ow = layer.out_size(h, w)
     shape, dtype = result_shape(layer, epilogue, batch, oh, ow)
     out = np.zeros(shape, dtype)
+    if not out.size:
+        return out
     bits = 8 * WORD * layer.taps * words_of(layer.channels) if layer.gathered else 0  # a byte each
     rows = max(1, CHUNK // (ow * max(layer.lanes, 2 * layer.taps * words_of(layer.channels), bits // 8)))
     for b in range(batch):

@@ -79,6 +79,23 @@ def test_linear_of_one_and_of_many_rows(engine: Engine) -> None:
 
 
 @engines
+def test_no_images(engine: Engine) -> None:
+    case = fixed_case(2, 16, 64, 3, 6, padding=1)
+    for e in (layout.sign_epilogue(case.layer, 0), layout.int32_epilogue(case.layer)):
+        assert same(engine.conv(case.packed[:, :0], case.layer, e), engine.conv(case.packed, case.layer, e)[..., :0, :, :, :].copy())
+    rows = layout.pack_layer(np.ones((8, 64), np.int8))
+    assert engine.conv(np.zeros((1, 1, 1, 0, 1), np.uint64), rows, layout.int32_epilogue(rows)).shape == (1, 1, 0, 8)
+    for last in (False, True):
+        assert engine.pack(np.zeros((0, 3, 4), np.float32), 0, 0, 2, last).shape[:2] == (2, 0)
+        assert engine.quantize(np.zeros((0, 3, 4), np.float32), 1, 0, 0, 255, last).shape[0] == 0
+    assert engine.unpack(case.packed[:, :0], 64).shape == (0, 6, 6, 64)
+    assert engine.max_pool(case.packed[:, :0], 64, (2, 2), (2, 2), (0, 0)).shape == (1, 0, 3, 3, 1)
+    codes = np.zeros((0, 6, 6, 5), np.uint8)
+    assert engine.code_pool(codes, (2, 2), (2, 2), (0, 0)).shape == (0, 3, 3, 5)
+    assert engine.add(codes, codes, layout.AddConstants(1, 1, 0)).shape == engine.table(codes, np.zeros(256, np.uint8)).shape == codes.shape
+
+
+@engines
 def test_a_view_of_packed_values_is_read_rightly(engine: Engine) -> None:
     case = fixed_case(5, 16, 64, 3, 12, padding=1, batch=4)
     epilogue = layout.int32_epilogue(case.layer)
