@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +16,9 @@ import fxq
 from fxq import auto_lowbit, layer_runs, layer_table, schemes
 from fxq.errors import LoweringError, PassError, SchemeError
 from fxq.layer_runs import Time, Times
-from fxq.layer_shapes import Form, LayerShape
+from fxq.layer_shapes import Form, LayerShape, layers_of
 from fxq.layer_table import LayerTime, LayerTimes
+from fxq.prunable import canonical_graph
 from tests.lowbit_nets import X, net, qat, steps
 
 OTHER = torch.randn(3, 3, 12, 12, generator=torch.Generator().manual_seed(5))
@@ -69,6 +72,21 @@ def test_a_choice_can_be_repeated_without_times() -> None:
     assert torch.equal(again.reference(OTHER), chosen.reference(OTHER)) and again.layer_times is None
     twice = compiled({"b": "int8"})
     assert torch.equal(twice.reference(OTHER), chosen.reference(OTHER))
+
+
+def test_processes_take_the_choice_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, mine = given({"b": "int8"}), given({"c": "int8"})
+    sent: list[Any] = []
+
+    def gather(value: Any) -> list[Any]:
+        sent.append(value)
+        return [json.loads(json.dumps([t.to_json() for t in first.layers])), value]
+
+    monkeypatch.setattr(auto_lowbit, "distributed", SimpleNamespace(world=lambda: 2, gather=gather))
+    gm = canonical_graph(net(), (X,), "")
+    found = auto_lowbit.asker(schemes.get("auto-lowbit"), mine)(gm, {n: "bits" for n in layers_of(gm)})
+    assert {path for path, (way, _) in found.items() if way == "int8"} == {"b"} and gm.meta[auto_lowbit.TIMES].layers == first.layers
+    assert sent == [[t.to_json() for t in mine.layers]]
 
 
 def test_where_int8_wins_everywhere_the_refusal_says_so() -> None:
