@@ -214,7 +214,11 @@ class Chooser:
         if axis is None:
             return Choice(CODES, [(source, FLOAT)], _maker(code_modules.Quantize, out, relu), tuple(reversed(pools)))
         cut = thresholds.of_floats(lambda v: numerics.quantize(v.relu() if relu else v, out))
-        return Choice(Form("bits", axis), [(source, FLOAT)], _maker(modules.Pack, cut, layers.PLANES[out.spec.kind], axis), tuple(reversed(pools)))
+        return Choice(Form("bits", axis), [(source, FLOAT)], self._pack(step.result, cut, axis), tuple(reversed(pools)))
+
+    def _pack(self, n: Node, cut: thresholds.Cut, axis: int) -> Callable[[], nn.Module]:
+        """Maker of what packs the value of ``n``."""
+        return _maker(modules.Pack, cut, layers.PLANES[self.grid(n).spec.kind], shape(n)[axis], axis, len(shape(n)))
 
     def _pulled(self, n: Node) -> bool:
         """A float ReLU, or max pool over rows and columns, whose values are only rounded to 8 bits or less."""
@@ -331,8 +335,7 @@ class Chooser:
         codes = self._table(step, qp)
         cut = thresholds.of_codes(codes, qp.spec.qmin) if axis is not None else None
         if cut is not None and axis is not None:
-            pack = _maker(modules.Pack, cut, layers.PLANES[out.spec.kind], axis)
-            return Choice(Form("bits", axis), [(sources[0], CODES)], pack)
+            return Choice(Form("bits", axis), [(sources[0], CODES)], self._pack(step.result, cut, axis))
         return Choice(CODES, [(sources[0], CODES)], _maker(code_modules.CodeTable, codes, qp.spec.qmin))
 
     def _table(self, step: Step, qp: QParams) -> Tensor:

@@ -148,7 +148,8 @@ class _Writer:
         if form.kind == "float":
             module: nn.Module = code_modules.Real(qp)
         else:
-            module = modules.Pack(Cut(-1, 1), layers.PLANES[qp.spec.kind], form.axis)
+            channels, rank = self.chooser.channels(n, form.axis), len(g.shape(n))
+            module = modules.Pack(Cut(-1, 1), layers.PLANES[qp.spec.kind], channels, form.axis, rank)
         node = self._call(f"{n.target}_{'real' if form.kind == 'float' else 'bits'}", module, [self.made[n, CODES]])
         if form.kind == "float":
             g.copy_shape(n, node)

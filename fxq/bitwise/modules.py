@@ -13,6 +13,7 @@ from fxq.bitwise import layers, layout, ops
 from fxq.bitwise.layers import BitLayer
 from fxq.bitwise.pools import Pool
 from fxq.bitwise.thresholds import Cut
+from fxq.errors import FxqError
 
 MODES = {(True, 0): ops.LINEAR, (False, 1): ops.CONV1D, (False, 2): ops.CONV2D, (True, 2): ops.FLATTEN}
 
@@ -77,13 +78,23 @@ def _tables(packed: layout.Layer, end: layers.Epilogue) -> layout.Epilogue:
 
 
 class Pack(nn.Module):
-    """Bits of float32 values or 8-bit codes by thresholds; channels along ``axis``."""
+    """Bits of float32 values or 8-bit codes by thresholds.
 
-    def __init__(self, cut: Cut, planes: int, axis: int) -> None:
+    Args:
+        channels, axis, rank: of what it takes: so many channels along ``axis`` of ``rank`` dimensions. Words of bits do not tell 13 channels from 14.
+    """
+
+    def __init__(self, cut: Cut, planes: int, channels: int, axis: int, rank: int) -> None:
         super().__init__()
-        self.cut, self.planes, self.axis = cut, planes, axis
+        self.cut, self.planes, self.channels, self.axis, self.rank = cut, planes, channels, axis, rank
 
     def forward(self, x: Tensor) -> Tensor:
+        """Raises:
+        FxqError: for other channels or dimensions.
+        """
+        if x.ndim != self.rank or x.shape[self.axis] != self.channels:
+            fact = f"a value of shape {list(x.shape)} does not fit a layer of {self.channels} channels"
+            raise FxqError(fact, way_out=f"Pass inputs with {self.rank} dimensions and the channels in dimension {self.axis}")
         if x.dtype not in (torch.float32, torch.uint8, torch.int8):
             x = x.to(torch.float32)
         out: Tensor = ops.pack(x, self.cut.lo, self.cut.hi, self.planes, self.axis)
@@ -155,4 +166,9 @@ class Squeeze(nn.Module):
     """Packed ``[P, B, 1, 1, words]`` (or ``[P, B, 1, words]``) as ``[P, B, words]``."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Raises:
+        FxqError: for more than one place.
+        """
+        if any(s != 1 for s in x.shape[2:-1]):
+            raise FxqError(f"a flatten of one place gets {list(x.shape[2:-1])} places", way_out="Pass inputs of the example's size")
         return x.reshape(x.shape[0], x.shape[1], x.shape[-1])

@@ -15,8 +15,11 @@ BLOCK = 16
 
 @jit("nnan", "nsz")
 def _rows(plane: Array, first: int, last: int, step: int, to: Array, start: int, width: int) -> None:
-    """``to[start:start + width]``: maximum of the rows ``first``, ``first + step``, ... below ``last``, at least of one."""
+    """``to[start:start + width]``: maximum of the rows ``first``, ``first + step``, ... below ``last``; of none (the window lies in the padding) -inf."""
     to = to[start : start + width]
+    if first >= last:
+        to[:] = -np.inf
+        return
     row = plane[first]
     for i in range(len(row)):
         to[i] = row[i]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -66,9 +67,9 @@ def tensor(packed: Array) -> Tensor:
 def rows(a: Array, axis: int) -> tuple[Array, bool, tuple[int, ...]]:
     """Values as ``[B, S, C]``, or ``[B, C, S]`` where they lie so in memory: ``(values, channels are last, sizes but the channels)``."""
     if axis == a.ndim - 1:
-        return ordered(a).reshape(1, -1, a.shape[-1]), True, a.shape[:-1]
-    lead = (a.shape[0], *a.shape[2:])
+        return ordered(a).reshape(1, math.prod(a.shape[:-1]), a.shape[-1]), True, a.shape[:-1]
+    lead, places = (a.shape[0], *a.shape[2:]), math.prod(a.shape[2:])
     turned = a.transpose(0, *range(2, a.ndim), 1)
     if turned.flags.c_contiguous:
-        return turned.reshape(a.shape[0], -1, a.shape[1]), True, lead
-    return ordered(a).reshape(a.shape[0], a.shape[1], -1), False, lead
+        return turned.reshape(a.shape[0], places, a.shape[1]), True, lead
+    return ordered(a).reshape(a.shape[0], a.shape[1], places), False, lead

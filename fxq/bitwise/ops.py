@@ -30,8 +30,8 @@ LINEAR, CONV1D, CONV2D, FLATTEN = range(4)
 
 _orders: dict[int, tuple[Any, int, Array]] = {}
 """By the identity of :func:`bit_select`'s indices: a weak reference to them, the groups of a shuffle or 0, and tables."""
-_made: dict[int, tuple[Any, Any, Layer, Epilogue]] = {}
-"""By the identity of a layer's words: weak references to its words and first table, and what the engine reads (with its caches)."""
+_made: dict[int, tuple[Any, Any, Layer, Epilogue, tuple[int, int]]] = {}
+"""By the identity of a layer's words: weak references to its words and first table, what the engine reads (with its caches), and their addresses."""
 
 
 def geometry(layer: Layer, mode: int) -> list[int]:
@@ -52,9 +52,9 @@ def tables(e: Epilogue) -> list[Tensor]:
 
 def _prepared(words: Tensor, blocks: Tensor, geometry: Sequence[int], kind: str, tables: Sequence[Tensor], numbers: Sequence[float]) -> tuple[Layer, Epilogue]:
     """The engine's layer and epilogue over the very memory of the tensors; kept as long as ``words`` lives."""
-    key = id(words)
+    key, at = id(words), (words.data_ptr(), tables[0].data_ptr())  # `share_memory` moves a tensor
     found = _made.get(key)
-    if found is not None and found[0]() is words and found[1]() is tables[0]:
+    if found is not None and found[0]() is words and found[1]() is tables[0] and found[4] == at:
         return found[2], found[3]
     _, channels, outputs, groups, kh, kw, sy, sx, top, bottom, left, right, dy, dx, masked = geometry
     layer = Layer(
@@ -63,8 +63,23 @@ def _prepared(words: Tensor, blocks: Tensor, geometry: Sequence[int], kind: str,
     names = ("hi", "lo") if kind in ("sign", "ternary") else ("mult", "bias", "scale")
     arrays: Any = {name: t.numpy() for name, t in zip(names, tables, strict=False)}
     epilogue = Epilogue(kind, **arrays, least=numbers[0], most=numbers[1], zero=numbers[2], signed=bool(numbers[3]))
-    _made[key] = (weakref.ref(words, lambda _: _made.pop(key, None)), weakref.ref(tables[0]), layer, epilogue)
+    _made[key] = (weakref.ref(words, lambda _: _made.pop(key, None)), weakref.ref(tables[0]), layer, epilogue, at)
     return layer, epilogue
+
+
+def kept_bytes(t: Tensor) -> int:
+    """Bytes of what is kept for a layer's words, or for the indices of a selection, beside them."""
+    made, order = _made.get(id(t)), _orders.get(id(t))
+    if order is not None and order[0]() is t:
+        return order[2].nbytes
+    if made is None or made[0]() is not t:
+        return 0
+    layer = made[2]
+    own = {id(a) for a in (layer.words, layer.blocks)}
+    arrays = [a for plan in layer.cache.values() for a in getattr(plan, "kept", ())]
+    _, borders = layer.cache.get("borders", (None, None))
+    arrays += [] if borders is None else [borders.base, borders.rows, borders.columns]
+    return sum(a.nbytes for a in {id(a): a for a in arrays}.values() if id(a) not in own)
 
 
 def _out_size(geometry: Sequence[int], h: int, w: int) -> tuple[int, int]:
@@ -111,6 +126,10 @@ def bit_conv(x: Tensor, words: Tensor, blocks: Tensor, geometry: Sequence[int], 
     """
     layer, epilogue = _prepared(words, blocks, geometry, kind, tables, numbers)
     five, lead = _as_5d(x, geometry[0])
+    if geometry[0] == FLATTEN and tuple(five.shape[2:4]) != layer.kernel:
+        raise FxqError(f"a layer of {list(layer.kernel)} places does not fit an input of {list(five.shape[2:4])}", way_out="Pass inputs of the example's size")
+    if not x.numel():
+        return _empty_result(x, geometry, kind, numbers)
     y = engine().conv(operators.bits(five), layer, epilogue, torch.get_num_threads())
     if epilogue.planes:
         return _packed(operators.tensor(y), geometry[0], lead)
@@ -119,6 +138,10 @@ def bit_conv(x: Tensor, words: Tensor, blocks: Tensor, geometry: Sequence[int], 
 
 @meta(bit_conv)
 def _(x: Tensor, words: Tensor, blocks: Tensor, geometry: Sequence[int], kind: str, tables: Sequence[Tensor], numbers: Sequence[float]) -> Tensor:
+    return _empty_result(x, geometry, kind, numbers)
+
+
+def _empty_result(x: Tensor, geometry: Sequence[int], kind: str, numbers: Sequence[float]) -> Tensor:
     five, lead = _as_5d(x, geometry[0])
     oh, ow = _out_size(geometry, five.shape[2], five.shape[3])
     batch, n = five.shape[1], geometry[2]

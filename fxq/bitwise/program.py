@@ -54,7 +54,8 @@ class BitReport:
     Attributes:
         engine: ``numba`` or ``numpy``. path: its instructions.
         layers: on bits. floats: weighted layers that stay float or int8.
-        resident_bytes: everything that the program holds: packed weights, tables, float layers.
+        resident_bytes: what the program holds: packed weights, tables, float layers, and, once it has run, what the engine keeps of its layers
+            (borders of zero padding, tables of shuffles). ONNX Runtime's copies of int8 weights are not counted.
     """
 
     engine: str
@@ -128,7 +129,7 @@ class BitProgram(nn.Module):
         """Outputs of the model, its structure, float32.
 
         Raises:
-            FxqError: for another number of inputs, what is no tensor, or tensors that are not on the CPU.
+            FxqError: for another number of inputs, what is no tensor, or tensors that are not on the CPU; inputs of other channels than the example's.
         """
         self._check(inputs)
         with torch.no_grad():
@@ -142,6 +143,10 @@ class BitProgram(nn.Module):
         if len(inputs) != self._inputs or not all(isinstance(x, Tensor) for x in tree_leaves(inputs)):
             kinds = ", ".join(type(x).__name__ for x in inputs) or "none"
             raise FxqError(f"the model takes {self._inputs} inputs, given are {kinds}", way_out="Pass tensors, one for each input of the model")
+        if torch.compiler.is_compiling():
+            return
+        if torch._C._get_tracing_state() is not None or any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tree_leaves(inputs)):
+            raise FxqError("a bit program takes plain tensors: no torch.jit, torch.func or vmap", way_out="Pass a batch; torch.compile and torch.export work")
         for x in tree_leaves(inputs):
             if x.device.type != "cpu":
                 raise FxqError(f"an input is on {x.device}; bits run on the CPU only", way_out="Pass x.cpu()")
@@ -180,7 +185,8 @@ class BitProgram(nn.Module):
             m: Any = self.graph_module.get_submodule(path)
             rows.append(BitLayerInfo(name, m.kind, m.gives, m.shape, m.packed_bytes, m.table_bytes, 4 * math.prod(m.shape)))
         floats = tuple(FloatInfo(name, why, self._bytes_of(name)) for name, why in self._reasons.items())
-        return BitReport(e.name, e.path, tuple(rows), floats, _bytes(self.graph_module))
+        kept = sum(map(ops.kept_bytes, self.graph_module.buffers()))
+        return BitReport(e.name, e.path, tuple(rows), floats, _bytes(self.graph_module) + kept)
 
     def _bytes_of(self, name: str) -> int:
         held = dict(self.graph_module.named_modules())
@@ -201,6 +207,12 @@ class BitProgram(nn.Module):
             raise FxqError(fact, way_out="Lower the model to ONNX for a GPU")
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Raises:
+        FxqError: always: a program's numbers do not stand in its tensors alone.
+        """
+        raise FxqError("a BitProgram cannot take a state dict", way_out='Save m.lower("bitwise"), and load the file with fxq.load')
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise FxqError("a BitProgram cannot be pickled", way_out='Save m.lower("bitwise"), and load the file with fxq.load')
