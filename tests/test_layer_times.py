@@ -209,6 +209,30 @@ def test_runs_are_taken_in_turns() -> None:
     assert layer_runs.timed({"a": run("a", 0.002)}, threads=1, budget=0.01)["a"].us < 1500, "sleep takes no processor time"
 
 
+def test_torch_has_the_threads_that_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it runs, and its own again afterwards, also behind an error."""
+    before, seen, real = torch.get_num_threads(), [], layer_runs.timed
+
+    def timed(runs: Any, threads: int) -> Any:
+        seen.append((threads, torch.get_num_threads()))
+        if threads == before + 2:
+            raise RuntimeError("stop")
+        return real(runs, threads)
+
+    monkeypatch.setattr(layer_runs, "timed", timed)
+    layer_runs.measured(SMALL["linear"], Form(), before + 1)
+    assert torch.get_num_threads() == before
+    with pytest.raises(RuntimeError, match="stop"):
+        layer_runs.measured(SMALL["linear"], Form(), before + 2)
+    assert torch.get_num_threads() == before and seen == [(before + 1, before + 1), (before + 2, before + 2)]
+
+
+def test_measuring_leaves_the_seeds_alone() -> None:
+    states = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[index]
+    layer_runs.measured(SMALL["3x3"], Form())
+    assert torch.equal(torch.get_rng_state(), states[0]) and (np.random.get_state()[1] == states[1]).all()  # type: ignore[index]
+
+
 def test_what_cannot_be_measured() -> None:
     m = fxq.compile(net(), "xnor_w1a1", calibration=X, progress=False)
     for call, error, text in (

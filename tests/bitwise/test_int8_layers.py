@@ -13,7 +13,7 @@ from torch import nn
 from fxq import kernels, numerics
 from fxq.bitwise import int8_layers
 from fxq.bitwise.int8_layers import Int8Layer, takes
-from fxq.convolutions import padded
+from fxq.convolutions import ChannelAffine2d, padded
 from fxq.kernels import Codes
 from fxq.modules import Quantized
 from fxq.schemes import S8N
@@ -74,6 +74,13 @@ def test_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     for x, out in ((X, narrow), (X, signed), (signed, OUT), (binary, OUT), (X, binary)):
         assert not takes(conv, x, out)
     assert not takes(nn.Conv2d(4, 4, 3), X, OUT) and not takes(layer(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")), X, OUT)
+    each = QParams(QuantSpec.parse("u8/pc1"), torch.full((4,), 0.1), torch.zeros(4, dtype=torch.int32))
+    blocks = QParams(QuantSpec.parse("s8/pb2x0"), torch.full((2, 4), 0.1), torch.zeros(2, 4, dtype=torch.int32))
+    affine = layer(nn.Conv2d(4, 4, 1, groups=4))
+    assert takes(affine, X, OUT)
+    affine.op.__class__ = ChannelAffine2d
+    assert not takes(affine, X, OUT)
+    assert not takes(conv, each, OUT) and not takes(conv, X, each) and not takes(Quantized(nn.Linear(4, 4), blocks, None), X, OUT)
     odd = layer(nn.Linear(4, 4))
     odd.weight_grid.zero_point += 3
     assert not takes(odd, X, OUT)
