@@ -311,6 +311,16 @@ def test_the_cache_knows_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(layer_runs.engines, "engine", lambda found=found: found)
         layer_runs.measured(SMALL["3x3"], Form())
     assert len(calls) == 2
+    layer_runs.measured(SMALL["3x3"], Form(), 2)
+    layer_runs.measured(SMALL["3x3"], Form(), 1, has_bits=False)
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("best", layer_runs.FLOATS)
+def test_float32_is_the_best_of_all(best: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_runs, "timed", lambda runs, threads: {k: Time(1.0 if k == best else 2.0, 0.0) for k in runs})
+    found = layer_runs.measured(SMALL["3x3"], Form())
+    assert (found.float32.us, found.float_by) == (1.0, best) and found.int8 is not None and found.bits is not None and found.packed is not None
 
 
 def test_a_net_on_bits() -> None:
