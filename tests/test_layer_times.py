@@ -316,6 +316,13 @@ def test_the_cache_knows_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 4
 
 
+def test_times_are_found_by_shape_and_rather_by_form() -> None:
+    forms = Form(reads=FLOAT), Form(), Form("ternary")
+    some = LayerTimes(tuple(LayerTime(str(i), SMALL["3x3"], f, "float32", Times(Time(3.0, 0.1), "torch")) for i, f in enumerate(forms)))
+    shape = SMALL["3x3"].with_batch(7)
+    assert [some.find(shape, f).path for f in (*forms, Form(gives=CODES))] == ["0", "1", "2", "0"]
+
+
 @pytest.mark.parametrize("best", layer_runs.FLOATS)
 def test_float32_is_the_best_of_all(best: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_runs, "timed", lambda runs, threads: {k: Time(1.0 if k == best else 2.0, 0.0) for k in runs})
