@@ -7,8 +7,8 @@ each turn a run is called once, cold: the runs before it have emptied the caches
 that made its input. Ratios are of warm times unless they say cold. Two threads against one: wall time.
 
 float32: torch (NCHW and channels last) and ONNX Runtime, NCHW float32 in and out, with a bias. int8: ONNX Runtime's kernel as inside a net, u8 codes in and
-out, channels last; torch's own through oneDNN. Bits: ``packed`` takes float32 NCHW, packs it, and gives float32; ``net`` takes packed values and gives packed
-ones, as between two binary layers. TBN: ternary activations; ternary weights: with binary activations.
+out, channels last; torch's own through oneDNN. Bits: ``packed`` takes float32 NCHW, packs it, and gives float32, channels last;
+``net`` takes packed values and gives packed ones, as between two binary layers. TBN: ternary activations; ternary weights: with binary activations.
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ def _session_run(model: onnx.ModelProto, x: Array, threads: int) -> Run:
 
 
 def bit_runs(shape: LayerShape, form: Form, threads: int, engine: engines.Engine | None = None) -> dict[str, Run]:
-    """The layer on bits: ``bits`` in the given form, as it runs inside a net; ``packed`` alone, with packing of float32 NCHW values and a float32 result."""
+    """The layer on bits: ``bits`` in the given form, as inside a net; ``packed`` alone: float32 NCHW values, which it packs, to float32, channels last."""
     engine, layer = engine or engines.engine(), bit_weights(shape, form.weights == "ternary")
     planes, size = 2 if form.activations == "ternary" else 1, _area(shape)
     values = numbers(size[0], shape.inputs, size[1] * size[2])
@@ -229,7 +229,7 @@ class Times:
         float32: the best of torch and ONNX Runtime, whose name is ``float_by``.
         int8: ONNX Runtime's kernel on 8-bit codes; ``None`` where it has none.
         bits: the kernel on bits as it runs inside a net, in the form that was asked for; ``None`` where there is none.
-        packed: the same layer alone: packing of float32 values, kernel, float32 result.
+        packed: the same layer alone: packing of float32 NCHW values, kernel, float32 result (channels last in memory).
     """
 
     float32: Time
