@@ -41,9 +41,6 @@ def tile(pixels: int, lanes: int, planes: int, masked: bool) -> Any:
                 ws = [load(b, b.add(here, I64(8 * n * v)), vec(I64, n), 8) for v in range(count)]
                 ms = [load(b, b.add(b.add(here, second), I64(8 * n * v)), vec(I64, n), 8) for v in range(count)] if masked else None
                 for p in range(pixels):
-                    if planes == 2 and not masked and p:  # read again: the one logic operation overwrites its register, a copy would cost more
-                        hidden = b.asm(ir.FunctionType(I64, [I64]), "", "=r,0", [here], True)
-                        ws = [load(b, b.add(hidden, I64(8 * n * v)), vec(I64, n), 8) for v in range(count)]
                     _word(b, pop, acc[p], ws, ms, b.add(starts[p], at), delta, planes, n)
         for p in range(pixels):  # in one piece, as it is read: a processor hands on what it has just stored only if the pieces are the same
             value = joined(b, [b.trunc(b.load(a), vec(I32, n)) for a in acc[p]], n)
