@@ -13,7 +13,7 @@ from fxq.errors import CalibrationError, FxqError, PassError, SchemeError, Targe
 from fxq.schemes import Scheme
 from fxq.sharing import Share
 from fxq.targets import Target
-from fxq.trace import copied, run
+from fxq.trace import copied, refuse_programs, run
 from fxq.tracers import fault_of
 
 
@@ -33,7 +33,7 @@ def check_model(model: Any) -> None:
     """Refuse what would give wrong or half-finished artifacts, before any work.
 
     Raises:
-        FxqError: not a module, a TorchScript module, weights without data or on several devices.
+        FxqError: not a module, a TorchScript module, a BitProgram, weights without data or on several devices.
         SchemeError: weights of another float type than float32.
         CalibrationError: NaN or infinity in a weight or buffer.
     """
@@ -41,6 +41,7 @@ def check_model(model: Any) -> None:
         raise FxqError(f"expected a torch.nn.Module, got {_name(model)}", way_out="Pass the model itself, not its class, output or state dict")
     if isinstance(model, torch.jit.ScriptModule):
         raise FxqError("TorchScript has no Python code to capture", where=type(model).__name__, way_out="Pass the model that it was made from")
+    refuse_programs(model)
     home: tuple[str, torch.device] | None = None
     for name, p in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(p):

@@ -83,12 +83,14 @@ def contents(source: str | os.PathLike[str] | bytes | Artifact) -> tuple[bytes, 
         source: path, bytes, or the artifact itself.
 
     Raises:
-        ArtifactError: when the file cannot be read.
+        ArtifactError: when the file cannot be read, or it is something else.
     """
     if isinstance(source, Artifact):
         source = source.data
     if isinstance(source, bytes):
         return source, "artifact"
+    if not isinstance(source, (str, os.PathLike)):
+        raise ArtifactError(f"{type(source).__name__} is no artifact", way_out="Give a path, bytes, or what lower(...) returned")
     try:
         return Path(source).read_bytes(), os.fspath(source)
     except OSError as e:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from torch.fx import GraphModule
 
 from fxq import exported, parts, weight_masks
 from fxq.concrete import ConcreteTracer, OneBatchOnly
-from fxq.errors import TraceError
+from fxq.errors import FxqError, TraceError
 from fxq.tracers import SymbolicTracer, fault_of, first_line, input_names, quiet, timm_leaves, trace
 
 RUNGS = ("symbolic", "concrete", "export", "submodules")
@@ -50,6 +51,17 @@ class _Unequal(RuntimeError):
     """The captured graph does not compute what the model computes."""
 
 
+def refuse_programs(model: nn.Module) -> None:
+    """Raises:
+    FxqError: the model is a net on bits, or has one inside (tracing it would end the process).
+    """
+    program: Any = sys.modules.get("fxq.bitwise.program")  # it is there if a program is
+    for name, m in model.named_modules() if program is not None else ():
+        if isinstance(m, program.BitProgram):
+            way_out = "Pass the float model that it was made from, or fxq.load(path, run=False)"
+            raise FxqError("a BitProgram is compiled already", where=name or type(m).__name__, way_out=way_out)
+
+
 def capture(
     model: nn.Module | ExportedProgram,
     example: tuple[Any, ...],
@@ -74,11 +86,13 @@ def capture(
 
     Raises:
         TraceError: with file, line and expression of what cannot be traced, every rung's reason, and the way out.
+        FxqError: for a net on bits.
     """
     unknown = [r for r in rungs if r not in RUNGS]
     if unknown:
         raise TraceError(f"unknown rung {unknown[0]!r}", way_out=f"The rungs are {', '.join(RUNGS)}")
     root = copied(exported.program_module(model) if isinstance(model, ExportedProgram) else model)
+    refuse_programs(root)
     leaves = tuple(leaf_modules)
     marks = weight_masks.baked(root)
     if isinstance(root, GraphModule):

@@ -147,6 +147,35 @@ def test_other_refusals(small: CompiledModel) -> None:
         small.lower("bitwise", threads=2)
 
 
+def test_a_program_is_no_model(saved: Path) -> None:
+    """Tracing one would end the process, so it runs in another."""
+    code = f"""
+import torch, fxq
+from fxq.errors import FxqError
+program, x = fxq.load({str(saved)!r}), torch.zeros(2, 3, 12, 12)
+around = torch.nn.Sequential(program)
+for call in (
+    lambda: fxq.compile(program, "xnor_w1a1", calibration=x, progress=False), lambda: fxq.compile(around, calibration=x, progress=False),
+    lambda: fxq.prune(program, fxq.Prune(ratio=0.5), example=x), lambda: fxq.layer_times(around, x), lambda: fxq.capture(program, (x,)),
+):
+    try:
+        call()
+    except FxqError as e:
+        print(e)
+print(fxq.doctor(program, x))
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+    fact = "a BitProgram is compiled already. Pass the float model that it was made from, or fxq.load(path, run=False)"
+    lines = done.stdout.splitlines()
+    assert [line.endswith(fact) for line in lines[:5]] == [True] * 5 and "a BitProgram is compiled already" in "".join(lines[5:])
+
+
+def test_a_program_is_no_artifact(small: CompiledModel, saved: Path) -> None:
+    with pytest.raises(ArtifactError, match="BitProgram is no artifact. Give a path, bytes, or what lower"):
+        small.verify(fxq.load(saved), [X])  # type: ignore[arg-type]
+
+
 def test_lowering_leaves_the_model_as_it_was(small: CompiledModel) -> None:
     before = {k: v.clone() for k, v in small.state_dict().items()}
     text = str(small.graph_module.graph)
