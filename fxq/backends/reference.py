@@ -179,7 +179,7 @@ class Reference:
                 elif n.op == "placeholder":
                     env[n] = tree_map(Tensor.cpu, next(given))
                 elif n.op == "output":
-                    return tree_map(_real, _plain(map_arg(n.args[0], env.__getitem__)))
+                    return tree_map(_real, plain(map_arg(n.args[0], env.__getitem__)))
                 else:
                     env[n] = self._float(n, env)
                 for dead in self._free.get(n, ()):
@@ -228,13 +228,13 @@ class Reference:
         return n.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _plain(v: Any) -> Any:
+def plain(v: Any) -> Any:
     """Ordinary lists and dicts for those of a graph, which cannot be changed."""
     if isinstance(v, dict):
-        return {k: _plain(x) for k, x in v.items()}
+        return {k: plain(x) for k, x in v.items()}
     if type(v) is tuple:
-        return tuple(_plain(x) for x in v)
-    return [_plain(x) for x in v] if isinstance(v, list) else v
+        return tuple(plain(x) for x in v)
+    return [plain(x) for x in v] if isinstance(v, list) else v
 
 
 def _real(v: Any) -> Any:

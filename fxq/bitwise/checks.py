@@ -74,7 +74,7 @@ def pool_geometry(x: Array, channels: int, kernel: Pair, stride: Pair, padding: 
         FxqError: when ``x`` is not packed or a window does not fit.
     """
     check_packed(x, channels)
-    return _windows(x.shape[2:4], kernel, stride, padding, dilation, ceil_mode)
+    return windows(x.shape[2:4], kernel, stride, padding, dilation, ceil_mode)
 
 
 def code_pool_geometry(x: Array, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool) -> Pair:
@@ -85,10 +85,15 @@ def code_pool_geometry(x: Array, kernel: Pair, stride: Pair, padding: Pair, dila
     """
     if x.ndim != 4 or x.dtype not in (np.uint8, np.int8):
         raise FxqError(f"an array of {x.dtype} {list(x.shape)} cannot be pooled", way_out="Pass uint8 or int8 [batch, rows, columns, channels]")
-    return _windows(x.shape[1:3], kernel, stride, padding, dilation, ceil_mode)
+    return windows(x.shape[1:3], kernel, stride, padding, dilation, ceil_mode)
 
 
-def _windows(size: Sequence[int], kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool) -> Pair:
+def windows(size: Sequence[int], kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool) -> Pair:
+    """Rows and columns of what a pool makes of ``size``.
+
+    Raises:
+        FxqError: for windows that are none, or do not fit.
+    """
     check_window(kernel, stride, dilation, padding)
     oh, ow = (pool_size(size[i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1))
     if oh < 1 or ow < 1 or any(2 * padding[i] > kernel[i] for i in (0, 1)):
@@ -102,6 +107,14 @@ def check_codes(a: Array, b: Array) -> None:
     """
     if a.dtype != np.uint8 or b.dtype != np.uint8 or a.shape != b.shape:
         raise FxqError(f"{a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)} are no codes of one shape", way_out="Pass uint8 arrays of one shape")
+
+
+def check_table(x: Array, values: Array) -> None:
+    """Raises:
+    FxqError: unless both are uint8, and there are 256 values.
+    """
+    if x.dtype != np.uint8 or values.dtype != np.uint8 or values.shape != (256,):
+        raise FxqError(f"{values.dtype} {list(values.shape)} is no table for codes of {x.dtype}", way_out="Pass uint8 codes, and uint8 [256] values")
 
 
 def check_quantize(x: Array) -> None:

@@ -277,7 +277,7 @@ def add(a: Array, b: Array, constants: AddConstants, threads: int = 1) -> Array:
 
 def table(x: Array, values: Array, threads: int = 1) -> Array:
     """Table of codes, see :meth:`fxq.bitwise.engine.Engine.table`."""
-    checks.check_codes(x, x)
+    checks.check_table(x, values)
     x, values, out = np.ascontiguousarray(x), np.ascontiguousarray(values), np.empty(x.shape, np.uint8)
     threads, per_unit, units = _share(x.size, 2 * x.nbytes, threads, 64)
     _call(compiled("table", _table), threads, units, address(x), address(values), 0, address(out), x.size, per_unit)

@@ -207,7 +207,7 @@ def add(a: Array, b: Array, constants: AddConstants, threads: int = 1) -> Array:
 
 def table(x: Array, values: Array, threads: int = 1) -> Array:
     """``values[x]`` for uint8 ``x`` and 256 values of uint8."""
-    checks.check_codes(x, x)
+    checks.check_table(x, values)
     return np.asarray(values[x])
 
 

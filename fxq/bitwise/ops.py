@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fxq.bitwise import operators
 from fxq.bitwise.bits import WORD, pack_bits, unpack_bits, words_of
-from fxq.bitwise.checks import pool_size
+from fxq.bitwise.checks import check_codes, pool_size, windows
 from fxq.bitwise.engine import engine
 from fxq.bitwise.layout import AddConstants, Epilogue, Layer
 from fxq.bitwise.operators import Operator, meta
@@ -221,9 +221,10 @@ def float_max_pool(
 ) -> Tensor:
     """``torch.nn.MaxPool2d`` of float32 ``[B, C, H, W]``; the result lies in memory channels last."""
     a = x.detach().numpy()
-    oh, ow = (pool_size(a.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode) for i in (0, 1))
-    if min(oh, ow) < 1:
-        raise FxqError(f"a window of {list(kernel)} does not fit into an input of {a.shape[2]}x{a.shape[3]}", way_out="Pass larger inputs")
+    if a.ndim != 4 or a.dtype != np.float32:
+        raise FxqError(f"a tensor of {x.dtype} {list(x.shape)} is no batch of float images", way_out="Pass float32 [B, C, H, W]")
+    k, s, p, d = ((v[0], v[1]) for v in (kernel, stride, padding, dilation))
+    oh, ow = windows(a.shape[2:], k, s, p, d, ceil_mode)
     if engine().name != "numba" or not a.flags.c_contiguous:
         last = x.detach().contiguous(memory_format=torch.channels_last)  # torch pools these 20 times as fast
         pooled: Tensor = torch.nn.functional.max_pool2d(last, list(kernel), list(stride), list(padding), list(dilation), ceil_mode)
@@ -322,7 +323,9 @@ def code_add(a: Tensor, b: Tensor, ra: float, rb: float, fixed: float, most: int
     if e.name == "numba" and _adds_in_float32(constants):
         from fxq.bitwise import numba_add
 
-        return operators.codes(numba_add.add(operators.places(a), operators.places(b), constants))
+        one, other = operators.places(a), operators.places(b)
+        check_codes(one, other)
+        return operators.codes(numba_add.add(one, other, constants))
     return operators.codes(e.add(operators.places(a), operators.places(b), constants, torch.get_num_threads()))
 
 
@@ -356,6 +359,9 @@ def _(x: Tensor, values: Tensor) -> Tensor:
 @Operator
 def code_real(x: Tensor, values: Tensor) -> Tensor:
     """``values[x]``: real values of uint8 or int8 codes ``[B, C, H, W]``, in torch's own order in memory; ``values``: float32, by the 256 bytes."""
+    if x.ndim != 4 or x.element_size() != 1 or values.dtype != torch.float32 or tuple(values.shape) != (256,):
+        fact = f"{values.dtype} {list(values.shape)} is no table of real values for codes of {x.dtype} {list(x.shape)}"
+        raise FxqError(fact, way_out="Pass uint8 or int8 [B, C, H, W] and float32 [256]")
     codes = operators.places(x).view(np.uint8)
     if engine().name != "numba":
         return torch.from_numpy(operators.ordered(values.numpy()[codes.transpose(0, 3, 1, 2)]))

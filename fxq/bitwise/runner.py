@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from fxq import graph as g
+from fxq.backends.reference import plain
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def _other(gm: GraphModule, n: Node, places: dict[Node, int], env: list[Any]) ->
     kwargs: Any
     args, kwargs = (map_arg(v, lambda a: env[places[a]]) for v in (n.args, n.kwargs))
     if n.op == "output":
-        return _plain(args[0])
+        return plain(args[0])
     if n.op == "get_attr":
         return g.attr(gm, n)
     if n.op == "call_module":
@@ -84,12 +85,3 @@ def _other(gm: GraphModule, n: Node, places: dict[Node, int], env: list[Any]) ->
     if n.op == "call_method":
         return getattr(args[0], str(n.target))(*args[1:], **kwargs)
     return n.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def _plain(v: Any) -> Any:
-    """Ordinary lists and dicts for those of a graph."""
-    if isinstance(v, dict):
-        return {k: _plain(x) for k, x in v.items()}
-    if type(v) is tuple:
-        return tuple(_plain(x) for x in v)
-    return [_plain(x) for x in v] if isinstance(v, list) else v

@@ -184,6 +184,28 @@ def test_wrong_channels_are_refused() -> None:
         ops.float_max_pool(torch.zeros(1, 2, 1, 1), [3, 3], [1, 1], [0, 0], [1, 1], False)
 
 
+@pytest.mark.parametrize("numba", ["1", "0"])
+def test_operators_hold_sizes_and_types_before_they_touch_memory(numba: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FXQ_NUMBA", numba)
+    u8, floats, window = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(1, 2, 4, 4), ([2, 2], [1, 1], [0, 0], [1, 1], False)
+    op: Any = torch.ops.fxq
+    calls: list[Any] = [
+        lambda: op.code_add(u8, u8[:1], 1.0, 1.0, 0.0, 255),
+        lambda: op.code_add(u8.float(), u8.float(), 1.0, 1.0, 0.0, 255),
+        lambda: op.code_table(u8, u8.reshape(-1)[:3]),
+        lambda: op.code_table(u8, torch.zeros(256)),
+        lambda: op.code_real(u8, torch.zeros(3)),
+        lambda: op.code_real(u8, torch.zeros(256).double()),
+        lambda: op.code_real(u8.float(), torch.zeros(256)),
+        lambda: op.float_max_pool(floats.double(), *window),
+        lambda: op.float_max_pool(floats[0], *window),
+    ]
+    calls += [lambda k=k, v=v: op.float_max_pool(floats, *window[:k], v, *window[k + 1 :]) for k, v in ((0, [0, 2]), (1, [0, 1]), (2, [-1, 0]), (2, [2, 2]))]
+    for i, call in enumerate(calls):
+        with pytest.raises(FxqError):
+            pytest.fail(f"call {i} gave {call().shape}")
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
 @pytest.mark.parametrize("shape", [(2, 70, 5, 7), (1, 3, 1, 1), (0, 4, 2, 2), (1, 130, 4, 4)])
 def test_real_values_of_codes_lie_in_torchs_order(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
