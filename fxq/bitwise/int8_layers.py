@@ -6,6 +6,7 @@ Sums of u8 x s8 products are exact only where the processor adds them in 32 bits
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Sequence
 from functools import cache
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 U8_MAX = QuantSpec.parse("u8/pt").qmax
 
-_sessions: dict[tuple[int, int], tuple[Any, Any]] = {}
-"""By the identity of a layer's weight and the number of threads: a weak reference to the weight, and the session."""
+_sessions: dict[tuple[int, int, int], tuple[Any, Any]] = {}
+"""By the identity of a layer's weight, the number of threads and the process: a weak reference to the weight, and the session."""
 
 
 def layer_model(weight: Array, tables: dict[str, Array], window: Sequence[int], float_output: bool = False) -> onnx.ModelProto:
@@ -76,7 +77,7 @@ def layer_session(model: onnx.ModelProto, threads: int) -> Any:
 
 
 def _session(weight: Tensor, bias: Tensor, scale: Tensor, window: Sequence[int], zeros: Sequence[int], scales: Sequence[float], threads: int) -> Any:
-    key = id(weight), threads
+    key = id(weight), threads, os.getpid()
     found = _sessions.get(key)
     if found is not None and found[0]() is weight:
         return found[1]
@@ -84,8 +85,14 @@ def _session(weight: Tensor, bias: Tensor, scale: Tensor, window: Sequence[int],
     if len(scales) > 1:
         tables |= {"ys": np.float32(scales[1]), "yz": np.uint8(zeros[1])}
     made = layer_session(layer_model(weight.numpy(), tables, window, len(scales) == 1), threads)
-    _sessions[key] = weakref.ref(weight, lambda _: _sessions.pop(key, None)), made
+    _sessions[key] = weakref.ref(weight, lambda _: _forget(key)), made
     return made
+
+
+def _forget(key: tuple[int, int, int]) -> None:
+    """Let a session go, unless it is that of the process that this one was forked from: its threads are not here to end."""
+    if key[2] == os.getpid():
+        _sessions.pop(key, None)
 
 
 @operators.Operator

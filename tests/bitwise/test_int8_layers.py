@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,12 +118,37 @@ def test_sessions_die_with_their_layer_and_know_the_threads() -> None:
             one = made(x)
     finally:
         torch.set_num_threads(before)
-    assert {k for k in int8_layers._sessions if k[0] == key} == {(key, 1), (key, 2)}
+    assert {k for k in int8_layers._sessions if k[0] == key} == {(key, 1, os.getpid()), (key, 2, os.getpid())}
     twin = copy.deepcopy(made)
     assert torch.equal(twin(x), one) and id(twin.weight) != key
     del made
     gc.collect()
     assert not {k for k in int8_layers._sessions if k[0] == key}
+
+
+def test_a_forked_process_has_sessions_of_its_own() -> None:
+    """The threads of the parent's are not there: its session would wait for them for ever, when it runs and when it ends.
+
+    Torch's own parallel loops wait so too: the input is one that needs no copy.
+    """
+    code = """
+import os, signal, torch
+from torch import nn
+from tests.bitwise.test_int8_layers import OUT, X, Int8Layer, layer
+torch.set_num_threads(2)
+made, x = Int8Layer(layer(nn.Conv2d(64, 64, 3, padding=1)), X, OUT), torch.randint(0, 256, (4, 28, 28, 64), dtype=torch.uint8).movedim(-1, 1)
+want = made(x).numpy()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    same = (made(x).numpy() == want).all()
+    del made
+    os._exit(0 if same else 3)
+assert os.waitpid(child, 0)[1] == 0
+assert (made(x).numpy() == want).all()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
 
 
 def test_the_operator_is_sound() -> None:
