@@ -17,7 +17,7 @@ from numba.extending import overload
 
 Array = np.ndarray[Any, Any]
 SIGNATURE = types.void(types.int64)
-SOURCES = ("vectors", "tiles", "code_tiles", "numba_conv", "numba_codes", "numba_kernels")
+SOURCES = ("vectors", "tiles", "code_tiles", "numba_compile", "numba_conv", "numba_codes", "numba_kernels")
 """Files that kernels consist of."""
 
 

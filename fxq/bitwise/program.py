@@ -140,14 +140,15 @@ class BitProgram(nn.Module):
             return self._runner(*inputs)
 
     def _check(self, inputs: tuple[Any, ...]) -> None:
-        if len(inputs) != self._inputs or not all(isinstance(x, Tensor) for x in tree_leaves(inputs)):
+        leaves = inputs if all(isinstance(x, Tensor) for x in inputs) else tree_leaves(inputs)
+        if len(inputs) != self._inputs or not all(isinstance(x, Tensor) for x in leaves):
             kinds = ", ".join(type(x).__name__ for x in inputs) or "none"
             raise FxqError(f"the model takes {self._inputs} inputs, given are {kinds}", way_out="Pass tensors, one for each input of the model")
         if torch.compiler.is_compiling():
             return
-        if torch._C._get_tracing_state() is not None or any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tree_leaves(inputs)):
+        if torch._C._get_tracing_state() is not None or any(map(torch._C._functorch.is_functorch_wrapped_tensor, leaves)):
             raise FxqError("a bit program takes plain tensors: no torch.jit, torch.func or vmap", way_out="Pass a batch; torch.compile and torch.export work")
-        for x in tree_leaves(inputs):
+        for x in leaves:
             if x.device.type != "cpu":
                 raise FxqError(f"an input is on {x.device}; bits run on the CPU only", way_out="Pass x.cpu()")
 

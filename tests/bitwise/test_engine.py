@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import threading
@@ -120,6 +121,13 @@ def test_a_change_of_any_source_file_is_part_of_the_cache_key(tmp_path: Path, mo
             (tmp_path / f"{name}.py").write_text("changed")
         seen.add(numba_compile.source_digest())
     assert len(seen) == 1 + len(numba_compile.SOURCES) and 0 not in seen
+
+
+def test_all_files_that_make_code_are_in_the_key() -> None:
+    """Functions of ``numba_jit`` stand alone in their files, whose stamps numba keeps itself."""
+    here = Path(engines.__file__).parent
+    makers = {p.stem for p in here.glob("*.py") if re.search(r"^(from|import) (numba|llvmlite)", p.read_text(), re.MULTILINE)}
+    assert makers - {"numba_jit"} <= set(numba_compile.SOURCES) and "vectors" in makers
 
 
 @pytest.mark.parametrize(("planes", "masked"), [(1, False), (2, False), (1, True), (2, True)])
