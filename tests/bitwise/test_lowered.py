@@ -160,6 +160,29 @@ def test_shuffles_concatenations_and_splits(scheme: str, groups: int) -> None:
     assert "BitCat" in names and ("BitSelect" in names) == (groups > 1), "rows of a layer of one group stand in any order"
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_shuffle_stays_where_its_input_has_another_reader(first: bool) -> None:
+    """The other reader stands in front of the shuffle, or behind it."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 24, 3), nn.Conv2d(24, 16, 1), nn.Conv2d(24, 16, 1, groups=2)
+            self.bn, self.last = nn.BatchNorm2d(24), nn.Conv2d(16, 4, 1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = F.relu(self.bn(self.b(F.relu(self.a(x)))))
+            y = F.relu(self.c(x)) if first else x
+            n, c, h, w = x.shape
+            z = F.relu(self.d(x.reshape(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)))
+            return self.last(y if first else F.relu(self.c(x))), self.last(z)
+
+    m = made(Two())
+    program = BitProgram(m.graph_module)
+    assert differing(m.graph_module, images(), program=program) == [] and len(program.layer_names) == 3
+    assert "BitSelect" in kinds(program.graph_module)
+
+
 @pytest.mark.parametrize(("groups", "taken"), [(1, True), (2, False)])
 def test_a_shuffle_goes_into_the_layer_in_front_of_it(groups: int, taken: bool) -> None:
     class Chain(nn.Module):

@@ -10,9 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fxq import numerics
 from fxq.bitwise import layers, layout, numpy_kernels, ops
+from fxq.bitwise.code_modules import Quantize
 from fxq.bitwise.modules import BitConv
 from fxq.errors import FxqError
+from fxq.spec import QParams, QuantSpec
 
 CHECKS = ("test_schema", "test_faketensor")
 seldom = settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -182,6 +185,14 @@ def test_wrong_channels_are_refused() -> None:
         ops.bit_cat([bits, bits], [70, 10])
     with pytest.raises(FxqError, match="does not fit"):
         ops.float_max_pool(torch.zeros(1, 2, 1, 1), [3, 3], [1, 1], [0, 0], [1, 1], False)
+
+
+@pytest.mark.parametrize(("spec", "zero"), [("u8/pt", 0), ("u8/pt", 7), ("s8/pt", 0), ("t2/pt", 0), ("b1/pt", 0)])
+def test_codes_behind_a_relu(spec: str, zero: int) -> None:
+    """Only an unsigned grid whose least value is 0 clips what is negative by itself."""
+    qp = QParams(QuantSpec.parse(spec), torch.tensor(0.25), torch.tensor(zero, dtype=torch.int32))
+    x = torch.randn(2, 5, 4, 4, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(Quantize(qp, relu=True)(x), numerics.quantize(x.relu(), qp))
 
 
 @pytest.mark.parametrize("numba", ["1", "0"])
