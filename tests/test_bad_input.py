@@ -182,9 +182,9 @@ def test_torchscript_and_compiled_models_are_refused() -> None:
 
 NAMES = [
     (SchemeError, "unknown scheme 'iao_w8a'. did you mean 'iao_w8a8'", {"scheme": "iao_w8a"}),
-    (SchemeError, "a scheme is a name or a Scheme, not 3. known: bnn_w1a1", {"scheme": 3}),
+    (SchemeError, "a scheme is a name or a Scheme, not 3. known: auto-lowbit", {"scheme": 3}),
     (TargetError, "unknown target 'onnxrutime'. did you mean 'onnxruntime'", {"target": "onnxrutime"}),
-    (TargetError, "a target is a name or a Target, not None. known: onnxruntime", {"target": None}),
+    (TargetError, "a target is a name or a Target, not None. known: bitwise", {"target": None}),
     (SchemeError, "unknown observer 'mimax'. did you mean 'minmax'", {"observer": "mimax"}),
     (CalibrationError, "0 batches are no data", {"batches": 0}),
     (CalibrationError, "the shapes are not known. Pass example=", {"scheme": "weight_only_w8", "calibration": None}),
