@@ -33,7 +33,7 @@ import fxq
 from fxq.bitwise import engine as engines
 from fxq.doctor_machine import machine
 
-NETS = {"resnet18": 224, "nin_gc": 32, "nin": 32}
+NETS = {"resnet18": 224, "nin_gc": 32, "nin": 32, "resnet20": 32}
 KINDS = {
     "BitConv": "binary layers", "Conv2d": "float layers", "Linear": "float layers", "Pack": "packing", "CodeAdd": "adds", "BitMaxPool": "pools",
     "CodeMaxPool": "pools", "GlobalPool": "pools", "MaxPool2d": "pools", "AvgPool2d": "pools", "GlobalAvgPool": "pools", "Int8Layer": "int8 layers",
