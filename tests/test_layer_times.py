@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -192,21 +192,26 @@ def test_equal_shapes_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None
     assert " 3.00 " in str(found) and " 1.50 " in str(found) and " 2.00 " in str(found)
 
 
-def test_runs_are_taken_in_turns() -> None:
+def test_runs_are_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
+    clock = {"wall": 0.0, "cpu": 0.0}
+    monkeypatch.setattr(layer_runs, "time", SimpleNamespace(perf_counter=lambda: clock["wall"], thread_time=lambda: clock["cpu"]))
 
-    def run(name: str, seconds: float) -> Any:
-        def sleep() -> None:
+    def run(name: str, wall: float, cpu: float) -> Any:
+        def passes() -> None:
             order.append(name)
-            time.sleep(seconds)
+            clock["wall"] += wall
+            clock["cpu"] += cpu
 
-        return sleep
+        return passes
 
-    found = layer_runs.timed({"a": run("a", 0.002), "b": run("b", 0.004)}, threads=2, budget=0.03)
-    assert 2000 <= found["a"].us < found["b"].us and found["b"].us >= 4000
+    runs = {"a": run("a", 0.002, 0.001), "b": run("b", 0.004, 0.003)}
+    found = layer_runs.timed(runs, threads=2, budget=0.03)
+    assert (found["a"].us, found["b"].us) == (pytest.approx(2000), pytest.approx(4000))
     timed = order[2 * layer_runs.WARMUP :]
     assert timed == ["a", "a", "b", "b"] * (len(timed) // 4) and len(timed) >= 4 * layer_runs.LEAST, "each call behind one that warms the caches"
-    assert layer_runs.timed({"a": run("a", 0.002)}, threads=1, budget=0.01)["a"].us < 1500, "sleep takes no processor time"
+    alone = layer_runs.timed(runs, threads=1, budget=0.01)
+    assert (alone["a"].us, alone["b"].us) == (pytest.approx(1000), pytest.approx(3000)), "processor time of one thread"
 
 
 def test_torch_has_the_threads_that_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
