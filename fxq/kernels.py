@@ -189,15 +189,19 @@ def operand_order(node: Node) -> tuple[Any, ...]:
     return tuple(sorted(node.args, key=lambda a: math.prod(shape(a)) if isinstance(a, Node) else 0, reverse=True))
 
 
+def add_constants(a: QParams, b: QParams, out: QParams) -> tuple[Array, Array, Array]:
+    """``r_a``, ``r_b`` and the constant part of :func:`add`, float32, of grids in bytes (:func:`fxq.numerics.in_bytes`)."""
+    ra, rb = F4(a.scale) / F4(out.scale), F4(b.scale) / F4(out.scale)
+    return ra, rb, F4(int(out.zero_point)) - _fma(ra, F4(int(a.zero_point)), rb * F4(int(b.zero_point)))
+
+
 def add(module: nn.Module, xs: Sequence[Codes], qp: QParams) -> Tensor:
     """QLinearAdd: ``rne(fma(r_a, a, fma(r_b, b, z_c - fma(r_a, z_a, r_b*z_b))))`` with ``r = s / s_c``; a scalar operand comes last."""
     a, b = map(in_bytes, xs)
     if first_is_scalar(a.codes.shape, b.codes.shape):
         a, b = b, a
     given, qp = qp, numerics.in_bytes(qp)
-    sc = F4(qp.scale)
-    ra, rb = F4(a.qp.scale) / sc, F4(b.qp.scale) / sc
-    fixed = F4(int(qp.zero_point)) - _fma(ra, F4(int(a.qp.zero_point)), rb * F4(int(b.qp.zero_point)))
+    ra, rb, fixed = add_constants(a.qp, b.qp, qp)
     return from_bytes(_saturate(_fma(ra, a.codes.numpy(), _fma(rb, b.codes.numpy(), fixed)), qp), given)
 
 

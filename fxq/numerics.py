@@ -253,3 +253,9 @@ def requantize(real: Any, spec: QuantSpec, zero_point: int) -> Any:
     lo, hi = np.float32(spec.qmin - zero_point), np.float32(spec.qmax - zero_point)
     dtype = np.int8 if spec.qmin < 0 else np.uint8
     return (np.rint(np.clip(real, lo, hi)) + np.float32(zero_point)).astype(dtype)
+
+
+def requantized(acc: Tensor, scale: Tensor, spec: QuantSpec, zero_point: int) -> Tensor:
+    """:func:`requantize` of integer sums in torch: ``acc`` (any type) times ``scale`` (float32, in units of the output scale) as codes of ``spec``."""
+    real = acc.to(torch.float32) * scale
+    return real.clamp_(spec.qmin - zero_point, spec.qmax - zero_point).round_().add_(zero_point).to(spec.dtype)

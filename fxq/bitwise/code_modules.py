@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +14,7 @@ from fxq.bitwise import ops
 from fxq.bitwise.pools import Pool
 from fxq.kernels import Codes
 from fxq.modules import Quantized, call_with
-from fxq.spec import QParams, QuantSpec
+from fxq.spec import QParams
 
 EXACT = 1 << 24
 """Up to here float32 holds every integer."""
@@ -148,11 +147,7 @@ class CodeAdd(nn.Module):
     def __init__(self, exact: CodesOp, a: QParams, b: QParams, out: QParams) -> None:
         super().__init__()
         self.exact = exact
-        a, b, narrow = numerics.in_bytes(a), numerics.in_bytes(b), numerics.in_bytes(out)
-        sc = np.float32(narrow.scale)
-        ra, rb = np.float32(a.scale) / sc, np.float32(b.scale) / sc
-        both = np.float32(np.float64(ra) * int(a.zero_point) + np.float64(rb * np.float32(int(b.zero_point))))
-        fixed = np.float32(int(narrow.zero_point)) - both
+        ra, rb, fixed = kernels.add_constants(numerics.in_bytes(a), numerics.in_bytes(b), numerics.in_bytes(out))
         self.ra, self.rb, self.fixed, self.most = float(ra), float(rb), float(fixed), out.spec.qmax
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
@@ -160,12 +155,6 @@ class CodeAdd(nn.Module):
             return self.exact(a, b)  # type: ignore[no-any-return]
         out: Tensor = ops.code_add(a, b, self.ra, self.rb, self.fixed, self.most)
         return out
-
-
-def requantized(acc: Tensor, scale: Tensor, spec: QuantSpec, zero: int) -> Tensor:
-    """:func:`fxq.kernels.requantized` onto an affine or ternary grid in torch alone; ``scale`` is that of the sums in units of the grid's."""
-    real = acc.to(torch.float32).mul_(scale)
-    return real.clamp_(spec.qmin - zero, spec.qmax - zero).round_().add_(zero).to(spec.dtype)
 
 
 class GlobalPool(nn.Module):
@@ -176,16 +165,17 @@ class GlobalPool(nn.Module):
 
     def __init__(self, exact: CodesOp, qp: QParams, out: QParams) -> None:
         super().__init__()
+        self.most = max(-qp.spec.qmin, qp.spec.qmax)
         self.exact, self.zero, self.spec, self.out_zero = exact, int(qp.zero_point), out.spec, int(out.zero_point)
         self.register_buffer("scale", qp.scale.detach().clone())
         self.register_buffer("unit", out.scale.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
         count = math.prod(x.shape[2:])
-        if count * 255 >= EXACT:
+        if count * self.most >= EXACT:
             return self.exact(x)  # type: ignore[no-any-return]
         total = x.movedim(1, -1).flatten(1, -2).to(torch.float32).sum(1).sub_(count * self.zero).reshape(*x.shape[:2], *[1] * (x.ndim - 2))
-        return requantized(total, self.scale / (self.unit * count), self.spec, self.out_zero)
+        return numerics.requantized(total, self.scale / (self.unit * count), self.spec, self.out_zero)
 
 
 class Mover(nn.Module):
@@ -249,7 +239,7 @@ class IntegerLayer(nn.Module):
         acc = acc + self.bias
         if self.out is None:
             return acc.to(torch.float32) * self.scale
-        return requantized(acc, self.scale, self.out.spec, self.out_zero) if self.plain else kernels.requantized(acc, self.scale, self.out)
+        return numerics.requantized(acc, self.scale, self.out.spec, self.out_zero) if self.plain else kernels.requantized(acc, self.scale, self.out)
 
     def _sums(self, x: Tensor) -> Tensor:
         return call_with(self.op, x, self.weight, None)
